@@ -1,0 +1,141 @@
+/**
+ * The one way to ask the policy, whoever evaluates it: the compiled policy in this process (`policy-wasm.ts`) or an
+ * OPA server (`policy-server.ts`). Both run the same Rego, `policies/*.rego`, and give the same answers.
+ *
+ * The policy keeps nothing: all that it may look at is in the input, so a decision can be replayed from its input and
+ * the revision of the policy. An engine never guesses. Where it has no answer it throws, and who asked denies.
+ */
+import { z } from 'zod'
+import { Fault } from '../fault.ts'
+
+export type PolicyEntrypoint = 'authz' | 'admin'
+
+/** One thing that stands against an allow. Programs compare `code` and `field`; `message` is for a person. */
+export type PolicyReason = { code: string; field: string; actual: string; required: string; message: string }
+
+export type PolicyDecision = {
+  allow: boolean
+  /** Everything that stands against it, sorted by code and field. Empty when allowed, never when denied. */
+  reasons: PolicyReason[]
+  /** How long the answer may be used again if nothing in the input changes but the time: 1 to 3600. */
+  validForSeconds: number
+  /** Whether the time of day was looked at; if not, the answer holds at any hour. */
+  clockUsed: boolean
+}
+
+/** What `edgemesh.authz` is asked. The names are those of the policy's input. */
+export type AuthzInput = {
+  device: {
+    id: string
+    type: string
+    status: 'active' | 'pending' | 'quarantined' | 'revoked'
+    labels: Record<string, string>
+    authenticated: boolean
+    /** null: the device has never reported. */
+    health: DeviceHealth | null
+  }
+  /** null: there is no such user. */
+  user: { id: string; role: string; status: 'active' | 'disabled' } | null
+  /** null: there is no such service. */
+  service: { id: string; labels: Record<string, string>; status: 'active' | 'disabled' } | null
+  action: string
+  /** What the user's role may do on this service; `*` is anything. */
+  grants: string[]
+  requirements: HealthRequirements
+  /** When those whose role is not exempt may connect. null: at any time. */
+  hours: AccessHours | null
+  /** Now, in the time zone of the hours. `minute` counts from midnight, `second` within the minute. */
+  time: { weekday: Weekday; minute: number; second: number }
+}
+
+/** An item is null where the device did not report it. What is required and not reported is refused. */
+export type DeviceHealth = {
+  age_seconds: number
+  cpu_percent: number | null
+  memory_percent: number | null
+  disk_percent: number | null
+  patches_current: boolean | null
+  antivirus_enabled: boolean | null
+  disk_encrypted: boolean | null
+  firewall_enabled: boolean | null
+  attributes: Record<string, unknown>
+}
+
+/** true: required. A value must be under its limit; null: no limit. */
+export type HealthRequirements = {
+  health_max_age_seconds: number
+  patches_current: boolean
+  antivirus_enabled: boolean
+  disk_encrypted: boolean
+  firewall_enabled: boolean
+  cpu_percent_max: number | null
+  memory_percent_max: number | null
+  disk_percent_max: number | null
+}
+
+/** A window within one day, from `start_minute` up to and without `end_minute`; 1440 is the end of the day. */
+export type AccessHours = {
+  timezone: string
+  days: Weekday[]
+  start_minute: number
+  end_minute: number
+  exempt_roles: string[]
+}
+
+export type Weekday = 'mon' | 'tue' | 'wed' | 'thu' | 'fri' | 'sat' | 'sun'
+
+/** What `edgemesh.admin` is asked: the operator of the certificate, and the method by its name in the contract. */
+export type AdminInput = { operator: { name: string; role: string }; method: string }
+
+export type PolicyInput = { authz: AuthzInput; admin: AdminInput }
+
+export type PolicyEngine = {
+  /** Names the policy that answers now. */
+  revision(): string
+  /**
+   * @throws {Fault} UNAVAILABLE, `POLICY_UNAVAILABLE` when the policy can't be evaluated, `POLICY_INVALID_RESULT` when
+   * it can but its answer is not a decision
+   */
+  evaluate<E extends PolicyEntrypoint>(entrypoint: E, input: PolicyInput[E]): Promise<PolicyDecision> | PolicyDecision
+  /** Whether a question asked now would probably be answered: for /readyz. */
+  ready(): boolean
+  /** Calls `listener` whenever another policy has taken over: what was decided before may no longer hold. */
+  onRevision(listener: (revision: string) => void): void
+  stop(): Promise<void>
+}
+
+const validForSecondsMax = 3600
+
+const decisionDocument = z
+  .object({
+    allow: z.boolean(),
+    reasons: z.array(
+      z.object({
+        code: z.string().regex(/^[A-Z][A-Z0-9_]*$/),
+        field: z.string(),
+        actual: z.string(),
+        required: z.string(),
+        message: z.string(),
+      }),
+    ),
+    valid_for_seconds: z.int().min(1).max(validForSecondsMax),
+    clock_used: z.boolean(),
+  })
+  .refine(({ allow, reasons }) => allow === (reasons.length === 0), 'an allow has no reasons, a deny has some')
+
+/**
+ * Reads what a policy answered. Nothing but a whole, well-formed document is a decision, least of all an allow: an
+ * undefined result, `"true"`, or an allow with reasons against it are faults.
+ *
+ * @throws {Fault} UNAVAILABLE, `POLICY_INVALID_RESULT`
+ */
+export function parseDecision(document: unknown): PolicyDecision {
+  const parsed = decisionDocument.safeParse(document)
+  if (!parsed.success) {
+    throw new Fault('UNAVAILABLE', 'POLICY_INVALID_RESULT', 'the policy gave no usable answer, so nothing is allowed', {
+      cause: parsed.error,
+    })
+  }
+  const { allow, reasons, valid_for_seconds, clock_used } = parsed.data
+  return { allow, reasons, validForSeconds: valid_for_seconds, clockUsed: clock_used }
+}

@@ -1,0 +1,394 @@
+/** The policy: one table of cases, two engines, and what each does when it has no answer. */
+import { once } from 'node:events'
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { createServer, type RequestListener } from 'node:http'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import test, { type ExecutionContext } from 'ava'
+import fc from 'fast-check'
+import { buildPolicy, type PolicyManifest } from '../../policies/build.ts'
+import { type PolicyEngine, type PolicyEntrypoint, parseDecision } from '../../src/access/policy-engine.ts'
+import { type OpaPolicyOptions, startOpaPolicy } from '../../src/access/policy-server.ts'
+import { startWasmPolicy } from '../../src/access/policy-wasm.ts'
+import { Fault } from '../../src/fault.ts'
+import { findOpa, policyDirectory, startOpa } from '../support/opa.ts'
+
+type Case = {
+  name: string
+  entrypoint: PolicyEntrypoint
+  input: unknown
+  want: { allow: boolean; codes: string[] }
+}
+
+const { cases }: { cases: Case[] } = JSON.parse(readFileSync(join(policyDirectory, 'cases.json'), 'utf8'))
+const good = cases.find(({ name }) => name === 'everything as it should be')!.input
+const silentLog = { warn() {}, info() {} }
+
+/** Asks with any input at all: the table holds what the types forbid. */
+async function ask(engine: PolicyEngine, entrypoint: PolicyEntrypoint, input: unknown) {
+  return await engine.evaluate(entrypoint, input as never)
+}
+
+async function startServerEngine(t: ExecutionContext, options: Partial<OpaPolicyOptions> & { url: string }) {
+  const engine = await startOpaPolicy({ timeoutMs: 2000, pollMs: 50, log: silentLog, ...options })
+  t.teardown(() => engine.stop())
+  return engine
+}
+
+async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
+  for (let waitedMs = 0; waitedMs < 10_000; waitedMs += 20) {
+    if (await condition()) return
+    await sleep(20)
+  }
+  throw new Error('waited 10 s in vain')
+}
+
+/** That the question is refused for want of an answer, in the words that a caller sees. */
+async function assertUnavailable(t: ExecutionContext, question: Promise<unknown>, reason = 'POLICY_UNAVAILABLE') {
+  const fault = await t.throwsAsync(question, { instanceOf: Fault, message: /so nothing is allowed$/ })
+  t.like(fault, { code: 'UNAVAILABLE', reason })
+  if (reason === 'POLICY_UNAVAILABLE') t.is(fault?.retryAfterMs, 1000)
+}
+
+/** A test that needs the real server, and says so where there is none. */
+const withOpa = test.macro({
+  title: title => title ?? '',
+  async exec(t: ExecutionContext, run: (t: ExecutionContext, opa: string) => Promise<void>) {
+    const opa = findOpa()
+    if (opa === undefined) {
+      t.log('skipped: no opa binary in $OPA, PATH, .tools/bin or /go/bin')
+      return t.pass('skipped: no opa binary')
+    }
+    return await run(t, opa)
+  },
+})
+
+test('the compiled policy answers every case of the table', async t => {
+  const engine = await startWasmPolicy()
+  for (const { name, entrypoint, input, want } of cases) {
+    const { allow, reasons } = await ask(engine, entrypoint, input)
+    t.deepEqual({ allow, codes: reasons.map(reason => reason.code) }, want, name)
+  }
+})
+
+test('the compiled policy never allows what differs from a good question in anything but a harmless part', async t => {
+  const engine = await startWasmPolicy()
+  const harmless = /^(device\.(id|type|labels.*|health\.(attributes|firewall_enabled|disk_percent))|user\.id)$/
+  const alsoHarmless = /^(service\.(id|labels.*)|hours\.exempt_roles.*)$/
+  for (const path of pathsOf(good)) {
+    const { allow } = await ask(engine, 'authz', without(good, path))
+    const name = path.join('.')
+    // A role that is not exempt may as well be missing: what a role may do is looked up before the policy is asked.
+    t.is(allow, harmless.test(name) || alsoHarmless.test(name) || name === 'user.role' || isSpareDay(name), name)
+  }
+})
+
+test('an instance that a question has broken is replaced', async t => {
+  const engine = await startWasmPolicy()
+  const enormous = { ...(good as object), action: 'x'.repeat(40_000_000) }
+  await t.throwsAsync(ask(engine, 'authz', enormous), { instanceOf: Fault, message: /could not be evaluated/ })
+  const { allow } = await ask(engine, 'authz', good)
+  t.true(allow)
+})
+
+test('a decision takes well below a millisecond', async t => {
+  const engine = await startWasmPolicy()
+  const rounds = 2000
+  for (let round = 0; round < rounds; round++) engine.evaluate('authz', good as never)
+  const startedAt = performance.now()
+  for (let round = 0; round < rounds; round++) engine.evaluate('authz', good as never)
+  const microseconds = ((performance.now() - startedAt) * 1000) / rounds
+  t.log(`${microseconds.toFixed(1)} µs a decision`)
+  t.true(microseconds < 1000)
+})
+
+test('only a whole document is a decision', t => {
+  const reason = { code: 'A_CODE', field: 'f', actual: 'a', required: 'r', message: 'm' }
+  const allowed = { allow: true, reasons: [], valid_for_seconds: 60, clock_used: false }
+  const denied = { ...allowed, allow: false, reasons: [reason] }
+  t.deepEqual(parseDecision(allowed), { allow: true, reasons: [], validForSeconds: 60, clockUsed: false })
+  t.deepEqual(parseDecision(denied).reasons, [reason])
+
+  const wrong: Record<string, unknown> = {
+    undefined: undefined,
+    null: null,
+    'a bare true': true,
+    'a list': [allowed],
+    'allow as text': { ...allowed, allow: 'true' },
+    'allow as number': { ...allowed, allow: 1 },
+    'allow left out': { ...allowed, allow: undefined },
+    'an allow with reasons against it': { ...denied, allow: true },
+    'a deny without a reason': { ...denied, reasons: [] },
+    'a reason without a code': { ...denied, reasons: [{ ...reason, code: '' }] },
+    'a reason with a number': { ...denied, reasons: [{ ...reason, actual: 91 }] },
+    'valid for ever': { ...allowed, valid_for_seconds: 3601 },
+    'valid for no time': { ...allowed, valid_for_seconds: 0 },
+    'valid for a fraction': { ...allowed, valid_for_seconds: 1.5 },
+    'clock_used left out': { ...allowed, clock_used: undefined },
+  }
+  for (const [name, document] of Object.entries(wrong)) {
+    const error = t.throws(() => parseDecision(document), { instanceOf: Fault }, name)
+    t.is(error?.reason, 'POLICY_INVALID_RESULT', name)
+  }
+})
+
+test('both engines give the same answers', withOpa, async t => {
+  const { url } = await startOpa(t)
+  const server = await startServerEngine(t, { url })
+  const wasm = await startWasmPolicy()
+  for (const { name, entrypoint, input } of cases) {
+    t.deepEqual(await ask(server, entrypoint, input), await ask(wasm, entrypoint, input), name)
+  }
+  await fc.assert(
+    fc.asyncProperty(anyQuestion, async ({ entrypoint, input }) => {
+      const [fromServer, fromWasm] = [await ask(server, entrypoint, input), await ask(wasm, entrypoint, input)]
+      if (JSON.stringify(fromServer) !== JSON.stringify(fromWasm)) t.deepEqual(fromServer, fromWasm)
+    }),
+    { numRuns: 2000 },
+  )
+})
+
+test('the server lets in only who knows the token', withOpa, async t => {
+  const { url } = await startOpa(t, { token: 'a-token-for-this-test' })
+  const welcome = await startServerEngine(t, { url, bearerToken: 'a-token-for-this-test' })
+  t.true((await ask(welcome, 'authz', good)).allow)
+  t.true(welcome.ready())
+  t.regex(welcome.revision(), /^[0-9a-f]{12}$/)
+
+  for (const bearerToken of [undefined, '', 'another-token']) {
+    const stranger = await startServerEngine(t, { url, ...(bearerToken === undefined ? {} : { bearerToken }) })
+    await assertUnavailable(t, ask(stranger, 'authz', good))
+    t.false(stranger.ready())
+  }
+})
+
+test('a server that dies denies, and is found again on its own', withOpa, async t => {
+  const opa = await startOpa(t)
+  const engine = await startServerEngine(t, { url: opa.url })
+  t.true((await ask(engine, 'authz', good)).allow)
+
+  await opa.kill()
+  for (let attempt = 0; attempt < 10; attempt++) {
+    await assertUnavailable(t, ask(engine, 'authz', good))
+  }
+  await until(() => !engine.ready())
+
+  await opa.restart()
+  await until(() => engine.ready())
+  // The circuit tries again a second after it opened.
+  await until(() =>
+    ask(engine, 'authz', good).then(
+      ({ allow }) => allow,
+      () => false,
+    ),
+  )
+  t.pass()
+})
+
+test('starting before the server is fine', withOpa, async t => {
+  const opa = await startOpa(t)
+  await opa.kill()
+  const engine = await startServerEngine(t, { url: opa.url })
+  t.false(engine.ready())
+  t.is(engine.revision(), 'unknown')
+  await opa.restart()
+  await until(() => engine.ready())
+  t.true((await ask(engine, 'authz', good)).allow)
+})
+
+test('a new policy is noticed and counts at once', withOpa, async t => {
+  const policies = mkdtempSync(join(tmpdir(), 'edgemesh-policies-'))
+  t.teardown(() => rmSync(policies, { recursive: true }))
+  for (const name of ['authz.rego', 'admin.rego']) cpSync(join(policyDirectory, name), join(policies, name))
+  const { url } = await startOpa(t, { policies })
+  const engine = await startServerEngine(t, { url })
+  t.true((await ask(engine, 'authz', good)).allow)
+
+  const before = engine.revision()
+  const seen: string[] = []
+  engine.onRevision(revision => seen.push(revision))
+  const authz = readFileSync(join(policies, 'authz.rego'), 'utf8')
+  writeFileSync(
+    join(policies, 'authz.rego'),
+    authz.replace('input.user.status == "active"', 'input.user.status == "x"'),
+  )
+  await until(() => seen.length > 0)
+  t.not(engine.revision(), before)
+  t.is(seen.at(-1), engine.revision())
+  const { reasons } = await ask(engine, 'authz', good)
+  t.deepEqual(
+    reasons.map(reason => reason.code),
+    ['USER_DISABLED'],
+  )
+})
+
+test('bundles name their own revision', async t => {
+  const url = await startImpostor(t, (_request, response) => {
+    const result = { allow: true, reasons: [], valid_for_seconds: 60, clock_used: false }
+    response.end(JSON.stringify({ result, provenance: { bundles: { b: { revision: '2' }, a: { revision: '1' } } } }))
+  })
+  const engine = await startServerEngine(t, { url })
+  t.is(engine.revision(), 'a@1,b@2')
+})
+
+test('a server that may not list its policies is unversioned', async t => {
+  const url = await startImpostor(t, (request, response) => {
+    if (request.method === 'GET') response.writeHead(403).end('{}')
+    else response.end('{"result": {"allow": true, "reasons": [], "valid_for_seconds": 60, "clock_used": false}}')
+  })
+  const engine = await startServerEngine(t, { url })
+  t.is(engine.revision(), 'unversioned')
+  t.true(engine.ready())
+})
+
+const impostors: Record<string, { reason: string; listener: RequestListener }> = {
+  'answers 500': { reason: 'POLICY_UNAVAILABLE', listener: (_, response) => response.writeHead(500).end('{}') },
+  'answers 503': { reason: 'POLICY_UNAVAILABLE', listener: (_, response) => response.writeHead(503).end('{}') },
+  redirects: {
+    reason: 'POLICY_UNAVAILABLE',
+    listener: (_, response) => response.writeHead(302, { location: '/' }).end(),
+  },
+  'has no such policy': { reason: 'POLICY_UNAVAILABLE', listener: (_, response) => response.end('{}') },
+  'speaks no JSON': { reason: 'POLICY_UNAVAILABLE', listener: (_, response) => response.end('<html>allow</html>') },
+  'says a bare true': { reason: 'POLICY_INVALID_RESULT', listener: (_, response) => response.end('{"result": true}') },
+  'never answers': { reason: 'POLICY_UNAVAILABLE', listener: () => {} },
+  'never stops answering': {
+    reason: 'POLICY_UNAVAILABLE',
+    listener: (_, response) => {
+      const flood = () => {
+        while (!response.destroyed && response.write(' '.repeat(16_384)));
+      }
+      response.on('drain', flood)
+      flood()
+    },
+  },
+  'stops in the middle': {
+    reason: 'POLICY_UNAVAILABLE',
+    listener: (_, response) => {
+      response.writeHead(200, { 'content-length': '1000' })
+      response.write('{"result": {"allow": true', () => response.destroy())
+    },
+  },
+}
+
+for (const [what, { reason, listener }] of Object.entries(impostors)) {
+  test(`a server that ${what} allows nothing`, async t => {
+    const engine = await startServerEngine(t, { url: await startImpostor(t, listener), timeoutMs: 300 })
+    t.false(engine.ready())
+    const startedAt = performance.now()
+    await assertUnavailable(t, ask(engine, 'authz', good), reason)
+    t.true(performance.now() - startedAt < 1500)
+  })
+}
+
+test('a question over which the policy stumbles does not shut others out', async t => {
+  const url = await startImpostor(t, async (request, response) => {
+    let body = ''
+    for await (const chunk of request) body += chunk
+    if (body.includes('stumble')) response.writeHead(500).end('{}')
+    else response.end('{"result": {"allow": true, "reasons": [], "valid_for_seconds": 60, "clock_used": false}}')
+  })
+  const engine = await startServerEngine(t, { url })
+  for (let attempt = 0; attempt < 20; attempt++) await assertUnavailable(t, ask(engine, 'authz', 'stumble'))
+  t.true((await ask(engine, 'authz', good)).allow)
+})
+
+test('an open circuit answers without asking', async t => {
+  let asked = 0
+  const url = await startImpostor(t, (_, response) => {
+    asked += 1
+    response.writeHead(503).end('{}')
+  })
+  const engine = await startServerEngine(t, { url, pollMs: 60_000 })
+  for (let attempt = 0; attempt < 5; attempt++) await assertUnavailable(t, ask(engine, 'authz', good))
+  const askedBefore = asked
+  for (let attempt = 0; attempt < 100; attempt++) await assertUnavailable(t, ask(engine, 'authz', good))
+  t.is(asked, askedBefore)
+})
+
+test('the compiled policy is what its sources say', withOpa, async (t, opa) => {
+  const directory = mkdtempSync(join(tmpdir(), 'edgemesh-bundle-'))
+  t.teardown(() => rmSync(directory, { recursive: true }))
+  const built = buildPolicy(opa, directory)
+  const committed: PolicyManifest = JSON.parse(readFileSync(join(policyDirectory, 'bundle', 'manifest.json'), 'utf8'))
+  const mend = 'the committed artefact is of other sources: run node policies/build.ts'
+  t.deepEqual(built.sources, committed.sources, mend)
+  t.is(built.revision, committed.revision, mend)
+  t.deepEqual(built.entrypoints, committed.entrypoints)
+  if (built.opa !== committed.opa)
+    return t.log(`bytes not compared: made by opa ${committed.opa}, here is ${built.opa}`)
+  const bytesOf = (place: string) => readFileSync(join(place, 'policy.wasm'))
+  t.true(bytesOf(directory).equals(bytesOf(join(policyDirectory, 'bundle'))), mend)
+})
+
+/** A server that is not OPA. */
+async function startImpostor(t: ExecutionContext, listener: RequestListener): Promise<string> {
+  const server = createServer(listener).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(async () => {
+    server.closeAllConnections()
+    server.close()
+    await once(server, 'close')
+  })
+  const address = server.address()
+  if (address === null || typeof address === 'string') throw new Error('no port was given')
+  return `http://127.0.0.1:${address.port}`
+}
+
+type Path = (string | number)[]
+
+function pathsOf(value: unknown, above: Path = []): Path[] {
+  if (typeof value !== 'object' || value === null) return []
+  return Object.entries(value).flatMap(([key, below]) => {
+    const path = [...above, Array.isArray(value) ? Number(key) : key]
+    return [path, ...pathsOf(below, path)]
+  })
+}
+
+function without(value: unknown, path: Path): unknown {
+  return changed(value, path, parent => {
+    const last = path.at(-1)!
+    if (Array.isArray(parent)) parent.splice(Number(last), 1)
+    else Reflect.deleteProperty(parent, last)
+  })
+}
+
+function changed(value: unknown, path: Path, change: (parent: object) => void): unknown {
+  const copy = structuredClone(value)
+  change(path.slice(0, -1).reduce<object>((parent, key) => Reflect.get(parent, key), copy as object))
+  return copy
+}
+
+/** The good question is of a Monday; the policy does not miss the other days. */
+function isSpareDay(name: string): boolean {
+  return /^hours\.days\.[1-4]$/.test(name)
+}
+
+// Questions around the border between allow and deny: a case of the table with up to three parts replaced, by values
+// that lie on the borders of the policy, or by anything that JSON can say.
+const borderValue = fc.constantFrom<unknown>(
+  ...[null, true, false, 0, 1, -1, 59, 60, 89, 89.99, 90, 90.5, 299, 299.5, 300, 479, 480, 1079, 1080, 1439, 1440],
+  ...['', 'active', 'disabled', 'mon', 'sun', 'admin', 'operator', 'connect', '*', 'ListDevices', 'CloseConnection'],
+  ...[[], ['*'], ['connect'], ['b', 'a'], ['mon'], {}, { status: 'active' }, 1e21, 1e-7, 0.1, 2 ** 53, -0],
+)
+const anyValue = fc.oneof(
+  { weight: 4, arbitrary: borderValue },
+  { weight: 1, arbitrary: fc.jsonValue({ maxDepth: 2 }) },
+)
+
+const anyQuestion = fc
+  .record({
+    base: fc.constantFrom(...cases),
+    changes: fc.array(fc.record({ at: fc.nat(), value: anyValue, isRemoved: fc.boolean() }), { maxLength: 3 }),
+  })
+  .map(({ base: { entrypoint, input }, changes }) => ({
+    entrypoint,
+    input: changes.reduce((current, { at, value, isRemoved }) => {
+      const paths = pathsOf(current)
+      const path = paths[at % paths.length]
+      if (path === undefined) return value
+      if (isRemoved) return without(current, path)
+      return changed(current, path, parent => void Reflect.set(parent, path.at(-1)!, value))
+    }, input),
+  }))
