@@ -1,0 +1,201 @@
+/**
+ * The change feed: what one instance learns takes effect on all of them.
+ *
+ * Who changes a fact calls `announce` inside the transaction that changes it; PostgreSQL delivers the keys to every
+ * instance once that transaction has committed. A key is `<kind>:<id>`, such as `device:alpha`.
+ *
+ * Each instance also sends itself a tick through the feed. Notifications arrive in the order of their commits, so a tick
+ * that has come back proves that every change committed before it was sent has come too. States:
+ *
+ * - `live`: the newest tick to come back was sent less than `behindAfterMs` ago. Memory may be used.
+ * - `behind`: it was not, or the connection is gone. Nothing may be decided from memory (`caughtUp` waits).
+ *
+ * A connection that was lost may have lost notifications with it. When it is back, `reset` listeners drop all they
+ * have cached before the feed is `live` again.
+ */
+import pg from 'pg'
+import { type Clock, systemClock } from '../clock.ts'
+import { Fault } from '../fault.ts'
+import type { Log } from '../telemetry/log.ts'
+import type { EntityManager } from './orm.ts'
+
+export type ChangeFeed = {
+  /** Keys that have changed, as they arrive. */
+  onChange(listener: (keys: string[]) => void): void
+  /** Anything may have changed: drop all that is cached. */
+  onReset(listener: () => void): void
+  /** Age of the newest tick that has come back, in ms. */
+  lagMs(): number
+  isLive(): boolean
+  /** Resolves once memory may be used. @throws Fault UNAVAILABLE `FACTS_BEHIND` when that takes too long */
+  caughtUp(): Promise<void>
+  stop(): Promise<void>
+}
+
+const channel = 'edgemesh_changes'
+const tickMs = 250
+const behindAfterMs = 1_000
+/** How long a call waits for a feed that is behind before it is told to try again. */
+const waitMs = 1_500
+const connectTimeoutMs = 3_000
+const reconnectMinMs = 100
+const reconnectMaxMs = 2_000
+/** PostgreSQL takes payloads under 8,000 bytes. */
+const payloadBytesMax = 7_000
+
+/** Tells every instance that the facts behind `keys` have changed, if and when the transaction of `em` commits. */
+export async function announce(em: EntityManager, keys: string[]): Promise<void> {
+  for (const payload of announcements(keys)) await em.execute(`select pg_notify('${channel}', ?)`, [payload])
+}
+
+/** The same for a batch that goes through the pool: the payloads, to be passed to `pg_notify(channel, …)`. */
+export function announcements(keys: string[]): string[] {
+  const payloads: string[] = []
+  let payload = ''
+  for (const key of keys) {
+    if (payload && payload.length + key.length + 1 > payloadBytesMax) {
+      payloads.push(payload)
+      payload = ''
+    }
+    payload += payload ? `\n${key}` : key
+  }
+  if (payload) payloads.push(payload)
+  return payloads
+}
+
+export const changeChannel = channel
+
+/** Connects and listens; resolves when the first tick has come back. */
+export async function startChangeFeed(options: {
+  url: string
+  instanceId: string
+  log: Log
+  clock?: Clock
+}): Promise<ChangeFeed> {
+  const clock = options.clock ?? systemClock
+  const changeListeners: ((keys: string[]) => void)[] = []
+  const resetListeners: (() => void)[] = []
+  const waiting = new Set<() => void>()
+  const tickPrefix = `tick:${options.instanceId}:`
+  let client: pg.Client | undefined
+  let newestTickSentAt = 0
+  let stopped = false
+  let reconnectTimer: NodeJS.Timeout | undefined
+  let failures = 0
+
+  const isLive = () => clock() - newestTickSentAt < behindAfterMs
+
+  function receive(payload: string): void {
+    if (payload.startsWith('tick:')) {
+      if (!payload.startsWith(tickPrefix)) return
+      newestTickSentAt = Number(payload.slice(tickPrefix.length))
+      if (isLive()) {
+        for (const resume of waiting) resume()
+        waiting.clear()
+      }
+      return
+    }
+    const keys = payload.split('\n')
+    for (const listener of changeListeners) listener(keys)
+  }
+
+  async function connect(): Promise<void> {
+    const next = new pg.Client({
+      connectionString: options.url,
+      connectionTimeoutMillis: connectTimeoutMs,
+      query_timeout: connectTimeoutMs,
+      application_name: 'edgemesh change feed',
+      keepAlive: true,
+    })
+    next.on('error', error => lost(next, error))
+    next.on('end', () => lost(next, new Error('connection ended')))
+    next.on('notification', message => {
+      if (next === client) receive(message.payload ?? '')
+    })
+    try {
+      await next.connect()
+      await next.query(`listen ${channel}`)
+    } catch (error) {
+      next.end().catch(() => {})
+      throw error
+    }
+    if (stopped) {
+      await next.end()
+      return
+    }
+    client = next
+    failures = 0
+    for (const listener of resetListeners) listener()
+    await tick(next)
+  }
+
+  function lost(which: pg.Client, error: Error): void {
+    if (which !== client || stopped) return
+    client = undefined
+    newestTickSentAt = 0
+    options.log.warn({ err: error }, 'change feed lost; nothing is decided from memory until it is back')
+    which.end().catch(() => {})
+    reconnectSoon()
+  }
+
+  function reconnectSoon(): void {
+    if (stopped) return
+    const ceiling = Math.min(reconnectMaxMs, reconnectMinMs * 2 ** failures++)
+    reconnectTimer = setTimeout(
+      () => {
+        connect().then(
+          () => options.log.info('change feed is back'),
+          error => {
+            options.log.debug({ err: error }, 'change feed can not connect yet')
+            reconnectSoon()
+          },
+        )
+      },
+      ceiling * (0.5 + Math.random() / 2),
+    )
+  }
+
+  async function tick(on: pg.Client): Promise<void> {
+    await on.query(`select pg_notify('${channel}', $1)`, [`${tickPrefix}${clock()}`])
+  }
+
+  await connect()
+  const ticking = setInterval(() => {
+    const on = client
+    // A tick that fails ends the connection: half-open ones are found that way.
+    if (on) tick(on).catch(error => lost(on, error))
+  }, tickMs)
+
+  const feed: ChangeFeed = {
+    onChange: listener => void changeListeners.push(listener),
+    onReset: listener => void resetListeners.push(listener),
+    lagMs: () => clock() - newestTickSentAt,
+    isLive,
+    caughtUp() {
+      if (isLive()) return Promise.resolve()
+      return new Promise((resolve, reject) => {
+        const resume = () => {
+          clearTimeout(timer)
+          resolve()
+        }
+        const timer = setTimeout(() => {
+          waiting.delete(resume)
+          reject(
+            new Fault('UNAVAILABLE', 'FACTS_BEHIND', 'this instance has lost touch with the database; try again', {
+              retryAfterMs: 1_000,
+            }),
+          )
+        }, waitMs)
+        waiting.add(resume)
+      })
+    },
+    async stop() {
+      stopped = true
+      clearInterval(ticking)
+      clearTimeout(reconnectTimer)
+      await client?.end().catch(() => {})
+    },
+  }
+  await feed.caughtUp()
+  return feed
+}

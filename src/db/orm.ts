@@ -1,0 +1,115 @@
+/**
+ * The database: MikroORM over PostgreSQL for control paths, its connection pool for the hot ones.
+ *
+ * Control paths fork an entity manager for each call (`db.em()`); hot paths send batched SQL through `db.pool`.
+ */
+
+import { Migrator } from '@mikro-orm/migrations'
+import type { EntityManager } from '@mikro-orm/postgresql'
+import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from '@mikro-orm/postgresql'
+import pg from 'pg'
+import { FirstSchema } from './migrations/0001-first.ts'
+
+export type { EntityManager }
+export { LockMode }
+
+export type Database = {
+  /** A fork for one call. */
+  em(): EntityManager
+  pool: pg.Pool
+  /** Brings the schema up to date; safe to call from several instances at once. */
+  migrate(): Promise<string[]>
+  /** Names of migrations that are applied, and of those that are not yet. */
+  migrations(): Promise<{ applied: string[]; pending: string[] }>
+  /** Takes back the newest migration. */
+  migrateDown(): Promise<string[]>
+  close(): Promise<void>
+}
+
+/** Any number will do, as long as every version of EdgeMesh uses the same. */
+const migrationLock = 7_306_471
+
+const connectTimeoutMs = 3_000
+/** A statement that takes longer is a fault; nobody waits for it any more. */
+const statementTimeoutMs = 10_000
+const idleConnectionMs = 60_000
+/** Connections are replaced after this long, so that a balancer or a failover gets its turn. */
+const connectionLifetimeSeconds = 3_600
+
+/**
+ * Opens the database without touching it: the first statement connects.
+ *
+ * @param options.url postgresql:// URL
+ * @param options.poolMax most connections at once
+ * @param options.entities the entity schemas of all domains
+ */
+export async function openDatabase(options: {
+  url: string
+  poolMax: number
+  entities: EntitySchema[]
+}): Promise<Database> {
+  const orm = await MikroORM.init({
+    clientUrl: options.url,
+    entities: options.entities,
+    extensions: [Migrator],
+    pool: { min: 0, max: options.poolMax, idleTimeoutMillis: idleConnectionMs },
+    driverOptions: {
+      connectionTimeoutMillis: connectTimeoutMs,
+      maxLifetimeSeconds: connectionLifetimeSeconds,
+      statement_timeout: statementTimeoutMs,
+      query_timeout: statementTimeoutMs + 1_000,
+      application_name: 'edgemesh',
+      keepAlive: true,
+    },
+    migrations: {
+      tableName: 'migrations',
+      snapshot: false,
+      migrationsList: [{ name: '0001-first', class: FirstSchema }],
+    },
+    logger: () => {},
+    ensureDatabase: false,
+  })
+  const connection = orm.em.getConnection() as PostgreSqlConnection
+  const pool = await connection.getNativeClient()
+
+  /** Runs `work` while no other instance migrates. The lock is the session's, so a dead instance gives it back. */
+  async function alone<T>(work: () => Promise<T>): Promise<T> {
+    const client = new pg.Client({ connectionString: options.url, connectionTimeoutMillis: connectTimeoutMs })
+    await client.connect()
+    try {
+      await client.query('select pg_advisory_lock($1)', [migrationLock])
+      return await work()
+    } finally {
+      await client.end()
+    }
+  }
+
+  return {
+    em: () => orm.em.fork() as EntityManager,
+    pool,
+    migrate: () => alone(async () => (await orm.migrator.up()).map(migration => migration.name)),
+    migrateDown: () => alone(async () => (await orm.migrator.down()).map(migration => migration.name)),
+    async migrations() {
+      const [applied, pending] = [await orm.migrator.getExecuted(), await orm.migrator.getPending()]
+      return { applied: applied.map(row => row.name), pending: pending.map(migration => migration.name) }
+    },
+    close: () => orm.close(true),
+  }
+}
+
+/** Whether the error says that the database can't be reached or has no room now: a reason to try again, not a bug. */
+export function isDatabaseOutage(error: unknown): boolean {
+  for (let at: unknown = error; at instanceof Error; at = at.cause) {
+    const code = (at as { code?: unknown }).code
+    if (typeof code === 'string' && outageCodes.test(code)) return true
+    if (outageMessages.test(at.message)) return true
+  }
+  return false
+}
+
+// 08: connection, 53: out of resources, 57P: shutting down or starting up, 57014: timed out, 25006: read-only, 40: retry.
+const outageCodes =
+  /^(08...|53...|57P..|57014|25006|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
+// pg gives these no code.
+const outageMessages =
+  /^(timeout exceeded when trying to connect|Connection terminated|Query read timeout|Client has encountered a connection error|Cannot use a pool after)/

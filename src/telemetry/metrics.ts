@@ -1,0 +1,253 @@
+/**
+ * What the service counts and measures, in the names that Prometheus sees.
+ *
+ *     const metrics = startMetrics({ instanceId, version })
+ *     metrics.decision('allow', 0.0004)
+ *     metrics.observe({ unhealthyDevices: () => presence.unhealthy })
+ *     startTelemetryHttp({ metrics: metrics.handler, … })
+ *
+ * Each `Metrics` has a meter provider of its own, so several servers in one process (tests) stay apart. `NodeSDK` of
+ * OpenTelemetry can't do that: it registers itself as the one provider of the process. It is used where there is one of
+ * it in a process: for traces, in `startTracing`.
+ *
+ * Counters on hot paths are plain maps that OpenTelemetry reads when Prometheus asks: an authorization stream puts
+ * hundreds of thousands of decisions a second through here, and OpenTelemetry's own counters hash their labels each time.
+ */
+import type { IncomingMessage, ServerResponse } from 'node:http'
+import { monitorEventLoopDelay } from 'node:perf_hooks'
+import type { Meter, ObservableResult } from '@opentelemetry/api'
+import { PrometheusExporter } from '@opentelemetry/exporter-prometheus'
+import { MeterProvider } from '@opentelemetry/sdk-metrics'
+
+export type Metrics = {
+  /** A decision has been made, `allow` or `deny`, within so many seconds. */
+  decision(decision: string, seconds: number): void
+  /** An enrollment has ended: `enrolled`, or the reason of its refusal. */
+  enrollment(outcome: string): void
+  /** Heartbeats were accepted. */
+  heartbeat(count?: number): void
+  /** A connection to a service has changed its status. */
+  connection(service: string, status: string): void
+  /** An RPC has ended with this canonical code. The method is one of ours: unknown ones are the caller's words. */
+  call(method: string, code: string): void
+  /** A batch of audit rows has been committed. */
+  auditCommit(rows: number, seconds: number): void
+  /** Adds sources that are read at each scrape. Without a source there is no series. */
+  observe(sources: Partial<MetricSources>): void
+  /** Answers a scrape. */
+  handler(request: IncomingMessage, response: ServerResponse): void
+  stop(): Promise<void>
+}
+
+/** Read at each scrape, and so at once from memory. */
+export type MetricSources = {
+  devicesByStatus: () => ReadonlyMap<string, number>
+  unhealthyDevices: () => number
+  /** By service. */
+  connectionsActive: () => ReadonlyMap<string, number>
+  /** By method. */
+  streamsOpen: () => ReadonlyMap<string, number>
+  pool: () => { total: number; idle: number; waiting: number }
+  decisionCache: () => { entries: number; hits: number; misses: number }
+  /** How far the change feed is behind. */
+  feedLagSeconds: () => number
+}
+
+/** A label set beyond these counts under `other`: what callers can name must not grow without end. */
+const SERIES_MAX = 1_000
+
+const DECISION_SECONDS = [
+  0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+]
+const COMMIT_SECONDS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+const EVENT_LOOP_RESOLUTION_MS = 10
+
+export function startMetrics({ instanceId, version }: { instanceId: string; version: string }): Metrics {
+  const exporter = new PrometheusExporter({ preventServerStart: true, withoutScopeInfo: true, withoutTargetInfo: true })
+  const provider = new MeterProvider({ readers: [exporter] })
+  const meter = provider.getMeter('edgemesh')
+
+  const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
+  const enrollments = tally(meter, 'edgemesh_device_enrollments_total', 'Enrollments by how they ended', ['outcome'])
+  const heartbeats = tally(meter, 'edgemesh_health_checks_total', 'Heartbeats accepted', [])
+  const connections = tally(meter, 'edgemesh_connections_total', 'Connections by service and status reached', [
+    'service',
+    'status',
+  ])
+  const calls = tally(meter, 'edgemesh_calls_total', 'RPCs by method and status code', ['method', 'code'])
+  const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
+  const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
+    description: 'Time from request to decision',
+    advice: { explicitBucketBoundaries: DECISION_SECONDS },
+  })
+  const commitSeconds = meter.createHistogram('edgemesh_audit_commit_seconds', {
+    description: 'Time to commit a batch of audit rows',
+    advice: { explicitBucketBoundaries: COMMIT_SECONDS },
+  })
+  // Series that alerts compute rates of exist from the start, or their first increase would go unseen.
+  decisions(0, 'allow')
+  decisions(0, 'deny')
+  heartbeats(0)
+  auditRows(0)
+
+  meter
+    .createObservableGauge('edgemesh_build_info', { description: 'Always 1; the labels say who is being scraped' })
+    .addCallback(result => result.observe(1, { version, instance_id: instanceId }))
+  watchProcess(meter)
+  const stopEventLoop = watchEventLoop(meter)
+
+  return {
+    decision(decision, seconds) {
+      decisions(1, decision)
+      decisionSeconds.record(seconds)
+    },
+    enrollment: outcome => enrollments(1, outcome),
+    heartbeat: (count = 1) => heartbeats(count),
+    connection: (service, status) => connections(1, service, status),
+    call: (method, code) => calls(1, method, code),
+    auditCommit(rows, seconds) {
+      auditRows(rows)
+      commitSeconds.record(seconds)
+    },
+    observe: sources => observeSources(meter, sources),
+    handler: (request, response) => exporter.getMetricsRequestHandler(request, response),
+    async stop() {
+      stopEventLoop()
+      await provider.shutdown()
+    },
+  }
+}
+
+/**
+ * Exports traces over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set, as its other OTEL_ variables say; undefined when it
+ * isn't. For the entry of the process, once: the SDK makes itself the tracer of the whole process. Nothing is
+ * instrumented behind one's back; spans are those that the code makes through `@opentelemetry/api`.
+ */
+export async function startTracing(
+  env: Readonly<Record<string, string | undefined>>,
+): Promise<{ stop(): Promise<void> } | undefined> {
+  if (!env.OTEL_EXPORTER_OTLP_ENDPOINT) return undefined
+  // Half a second of loading that whoever exports no traces need not wait for.
+  const { NodeSDK } = await import('@opentelemetry/sdk-node')
+  const tracing = new NodeSDK({
+    serviceName: env.OTEL_SERVICE_NAME ?? 'edgemesh',
+    instrumentations: [],
+    metricReaders: [],
+    logRecordProcessors: [],
+  })
+  tracing.start()
+  return { stop: () => tracing.shutdown() }
+}
+
+type Tally = (count: number, ...labelValues: string[]) => void
+
+/** A counter as a plain map from label values to a sum. */
+function tally(meter: Meter, name: string, description: string, labels: readonly string[]): Tally {
+  const sums = new Map<string, { attributes: Record<string, string>; sum: number }>()
+  meter.createObservableCounter(name, { description }).addCallback(result => {
+    for (const { attributes, sum } of sums.values()) result.observe(sum, attributes)
+  })
+
+  function add(count: number, ...labelValues: string[]): void {
+    const key = labelValues.length === 1 ? labelValues[0]! : labelValues.join('\n')
+    const known = sums.get(key)
+    if (known) {
+      known.sum += count
+      return
+    }
+    // One place is kept for `other` itself, so that it can always be entered.
+    const isOther = labelValues.every(value => value === 'other')
+    if (sums.size >= SERIES_MAX - 1 && !isOther) {
+      add(count, ...labels.map(() => 'other'))
+    } else {
+      const attributes = Object.fromEntries(labels.map((label, index) => [label, labelValues[index] ?? '']))
+      sums.set(key, { attributes, sum: count })
+    }
+  }
+  return add
+}
+
+function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
+  const { devicesByStatus, unhealthyDevices, connectionsActive, streamsOpen, pool, decisionCache, feedLagSeconds } =
+    sources
+
+  function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
+    meter.createObservableGauge(name, { description }).addCallback(read)
+  }
+  function counter(name: string, description: string, read: (result: ObservableResult) => void): void {
+    meter.createObservableCounter(name, { description }).addCallback(read)
+  }
+
+  if (devicesByStatus) {
+    gauge('edgemesh_devices_total', 'Devices by status', each('status', devicesByStatus))
+  }
+  if (unhealthyDevices) {
+    gauge('edgemesh_unhealthy_devices', 'Devices that are late or out of posture', result =>
+      result.observe(unhealthyDevices()),
+    )
+  }
+  if (connectionsActive) {
+    gauge('edgemesh_connections_active', 'Connections open now', each('service', connectionsActive))
+  }
+  if (streamsOpen) {
+    gauge('edgemesh_streams_open', 'Streams open now', each('method', streamsOpen))
+  }
+  if (pool) {
+    gauge('edgemesh_database_pool_connections', 'Database connections by state', result => {
+      for (const [state, count] of Object.entries(pool())) result.observe(count, { state })
+    })
+  }
+  if (decisionCache) {
+    gauge('edgemesh_decision_cache_entries', 'Decisions held', result => result.observe(decisionCache().entries))
+    counter('edgemesh_decision_cache_hits_total', 'Decisions found', result => result.observe(decisionCache().hits))
+    counter('edgemesh_decision_cache_misses_total', 'Decisions not found and made', result =>
+      result.observe(decisionCache().misses),
+    )
+  }
+  if (feedLagSeconds) {
+    gauge('edgemesh_change_feed_lag_seconds', 'Age of the oldest change not seen yet', result =>
+      result.observe(feedLagSeconds()),
+    )
+  }
+}
+
+function each(label: string, read: () => ReadonlyMap<string, number>): (result: ObservableResult) => void {
+  return result => {
+    for (const [value, count] of read()) result.observe(count, { [label]: value })
+  }
+}
+
+/** Under the names that every Prometheus client library uses, so that common dashboards find them. */
+function watchProcess(meter: Meter): void {
+  meter
+    .createObservableGauge('process_resident_memory_bytes', { description: 'Resident memory' })
+    .addCallback(result => result.observe(process.memoryUsage.rss()))
+  meter
+    .createObservableCounter('process_cpu_seconds_total', { description: 'User and system CPU time' })
+    .addCallback(result => {
+      const { user, system } = process.cpuUsage()
+      result.observe((user + system) / 1_000_000)
+    })
+  const startedAtSeconds = Math.round(Date.now() / 1_000 - process.uptime())
+  meter
+    .createObservableGauge('process_start_time_seconds', { description: 'Start of the process, Unix time' })
+    .addCallback(result => result.observe(startedAtSeconds))
+}
+
+/** How late timers fire, over the time since the last scrape. Returns what ends the watch. */
+function watchEventLoop(meter: Meter): () => void {
+  const delay = monitorEventLoopDelay({ resolution: EVENT_LOOP_RESOLUTION_MS })
+  delay.enable()
+  meter
+    .createObservableGauge('edgemesh_event_loop_delay_seconds', { description: 'Lateness of timers since last scrape' })
+    .addCallback(result => {
+      for (const quantile of [0.5, 0.99, 1]) {
+        // The histogram holds the whole interval between two ticks: what exceeds its resolution is delay.
+        const lateMs = delay.percentile(quantile * 100) / 1_000_000 - EVENT_LOOP_RESOLUTION_MS
+        result.observe(Math.max(0, lateMs) / 1_000, { quantile: String(quantile) })
+      }
+      delay.reset()
+    })
+  return () => delay.disable()
+}

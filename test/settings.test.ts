@@ -1,0 +1,182 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { parseEnv } from 'node:util'
+import test from 'ava'
+import fc from 'fast-check'
+import { describeSettings, readSettings, SETTINGS_REFERENCE, SettingsError } from '../src/settings.ts'
+
+const ENROLLMENT_TOKEN_SECRET = 'e'.repeat(40)
+const CA_KEY_PASSPHRASE = 'c'.repeat(40)
+const SECRETS = { ENROLLMENT_TOKEN_SECRET, CA_KEY_PASSPHRASE }
+
+const ENV_PRODUCTION = `
+# Database Configuration
+DATABASE_URL=postgresql+asyncpg://edgemesh:STRONG_PASSWORD_HERE@postgres:5432/edgemesh
+DATABASE_POOL_SIZE=20
+DATABASE_MAX_OVERFLOW=10
+
+# OPA Configuration
+OPA_URL=http://opa:8181
+OPA_TIMEOUT=5
+
+# Security
+ENROLLMENT_TOKEN_SECRET=GENERATE_STRONG_SECRET_HERE
+CERT_VALIDITY_DAYS=90
+CA_CERT_VALIDITY_DAYS=3650
+
+# Rate Limiting
+RATE_LIMIT_ENROLLMENTS=5/minute
+RATE_LIMIT_CONNECTIONS=100/minute
+RATE_LIMIT_HEALTH=10/minute
+
+# Health Check
+HEALTH_CHECK_MAX_AGE_MINUTES=5
+
+# Observability
+LOG_LEVEL=INFO
+METRICS_PORT=9090
+
+# API Configuration
+API_TITLE=EdgeMesh Control Plane
+API_VERSION=1.0.0
+CORS_ORIGINS=[]  # Restrict CORS in production
+`
+
+function mistakes(env: Record<string, string>): SettingsError {
+  try {
+    readSettings(env)
+  } catch (error) {
+    if (error instanceof SettingsError) return error
+    throw error
+  }
+  throw new Error('no mistake was found')
+}
+
+test("the deployment guide's .env.production works once its placeholders are filled in", t => {
+  const filled = ENV_PRODUCTION.replace('GENERATE_STRONG_SECRET_HERE', ENROLLMENT_TOKEN_SECRET).replace(
+    'STRONG_PASSWORD_HERE',
+    'ab/cd+ef==',
+  )
+  const settings = readSettings({ ...parseEnv(filled), CA_KEY_PASSPHRASE })
+  t.is(settings.database.url, 'postgresql://edgemesh:ab%2Fcd%2Bef%3D%3D@postgres:5432/edgemesh')
+  t.is(settings.database.poolMax, 30)
+  t.deepEqual(settings.opa, { url: 'http://opa:8181', timeoutMs: 5_000, bearerToken: undefined })
+  t.deepEqual(settings.rateLimits.connections, { count: 100, windowSeconds: 60 })
+  t.deepEqual(settings.health, { maxAgeMs: 300_000, heartbeatIntervalMs: 30_000 })
+  t.is(settings.api.port, 8_000)
+  t.is(settings.metrics.port, 9_090)
+})
+
+test("the guide's placeholders are refused as secrets", t => {
+  const { problems } = mistakes({ ...(parseEnv(ENV_PRODUCTION) as Record<string, string>), CA_KEY_PASSPHRASE })
+  t.deepEqual(
+    problems.map(({ variable }) => variable),
+    ['DATABASE_URL', 'ENROLLMENT_TOKEN_SECRET'],
+  )
+})
+
+test('every mistake is reported at once, by variable name', t => {
+  const { problems, message } = mistakes({
+    DATABASE_URL: 'mysql://root@db/edgemesh',
+    API_PORT: '99999',
+    RATE_LIMIT_HEALTH: 'often',
+    LOG_LEVEL: 'LOUD',
+    SERVER_NAMES: 'localhost,not a name',
+    POLICY_ON_ERROR: 'allow',
+    HEARTBEAT_INTERVAL_SECONDS: '200',
+    CERT_VALIDITY_DAYS: '100',
+    CA_CERT_VALIDITY_DAYS: '50',
+  })
+  const wrong = [
+    'API_PORT',
+    'CA_CERT_VALIDITY_DAYS',
+    'CA_KEY_PASSPHRASE',
+    'DATABASE_URL',
+    'ENROLLMENT_TOKEN_SECRET',
+    'HEARTBEAT_INTERVAL_SECONDS',
+    'LOG_LEVEL',
+    'POLICY_ON_ERROR',
+    'RATE_LIMIT_HEALTH',
+    'SERVER_NAMES',
+  ]
+  t.deepEqual(problems.map(({ variable }) => variable).sort(), wrong)
+  for (const variable of wrong) t.true(message.includes(variable))
+})
+
+test("a secret's value is in no message and in no description", t => {
+  const message = mistakes({ ENROLLMENT_TOKEN_SECRET: 'hunter2', DATABASE_URL: 'x://u:hunter2@h/d' }).message
+  t.false(message.includes('hunter2'))
+
+  const settings = readSettings({
+    ...SECRETS,
+    DATABASE_URL: 'postgresql://u:hunter2@h/d',
+    DATABASE_REPLICA_URLS: 'postgresql://u:hunter2@r1/d,postgresql://u@r2/d?password=hunter2',
+    OPA_BEARER_TOKEN: 'hunter2',
+  })
+  const described = JSON.stringify(describeSettings(settings))
+  for (const value of ['hunter2', ENROLLMENT_TOKEN_SECRET, CA_KEY_PASSPHRASE]) t.false(described.includes(value))
+})
+
+test('a value may come from a file; both forms, and a missing file, are mistakes', async t => {
+  const folder = await mkdtemp(join(tmpdir(), 'settings-'))
+  t.teardown(() => rm(folder, { recursive: true }))
+  const file = join(folder, 'secret')
+  await writeFile(file, `${ENROLLMENT_TOKEN_SECRET}\n`)
+  const settings = readSettings({ ENROLLMENT_TOKEN_SECRET_FILE: file, CA_KEY_PASSPHRASE })
+  t.is(settings.identity.enrollmentTokenSecret, ENROLLMENT_TOKEN_SECRET)
+  t.is(mistakes({ ...SECRETS, ENROLLMENT_TOKEN_SECRET_FILE: file }).problems[0]?.variable, 'ENROLLMENT_TOKEN_SECRET')
+  t.is(mistakes({ ...SECRETS, API_PORT_FILE: join(folder, 'none') }).problems[0]?.variable, 'API_PORT_FILE')
+})
+
+test('without DATABASE_URL the embedded database is meant, and empty variables count as not set', t => {
+  t.is(readSettings({ ...SECRETS, DATABASE_URL: '' }).database.url, undefined)
+})
+
+for (const [given, mode] of [
+  ['ssl=require', 'require'],
+  ['sslmode=verify-full', 'verify-full'],
+  ['ssl=false', 'disable'],
+]) {
+  test(`?${given} in DATABASE_URL is what pg calls sslmode=${mode}`, t => {
+    const { url } = readSettings({ ...SECRETS, DATABASE_URL: `postgresql+asyncpg://u:p@h/d?${given}` }).database
+    t.is(url, `postgresql://u:p@h/d?sslmode=${mode}&uselibpqcompat=true`)
+  })
+}
+
+test('the heartbeat interval follows a short health maximum age unless it is given', t => {
+  const { health } = readSettings({ ...SECRETS, HEALTH_CHECK_MAX_AGE_MINUTES: '0.05' })
+  t.deepEqual(health, { maxAgeMs: 3_000, heartbeatIntervalMs: 1_000 })
+})
+
+test("Python's names of log levels are understood", t => {
+  t.is(readSettings({ ...SECRETS, LOG_LEVEL: 'WARNING' }).log.level, 'warn')
+  t.is(readSettings({ ...SECRETS, LOG_LEVEL: 'critical' }).log.level, 'fatal')
+})
+
+const WINDOWS = { second: 1, minute: 60, hour: 3_600, day: 86_400 }
+
+test('any count per second, minute, hour or day is a rate limit', t => {
+  const windows = fc.constantFrom(...(Object.keys(WINDOWS) as (keyof typeof WINDOWS)[]))
+  fc.assert(
+    fc.property(fc.integer({ min: 1, max: 999_999_999 }), windows, (count, window) => {
+      const { rateLimits } = readSettings({ ...SECRETS, RATE_LIMIT_ENROLLMENTS: `${count}/${window}` })
+      t.deepEqual(rateLimits.enrollments, { count, windowSeconds: WINDOWS[window] })
+    }),
+  )
+})
+
+test('anything else is no rate limit', t => {
+  const anythingElse = fc.string().filter(s => s !== '' && !/^\s*[1-9]\d{0,8}\/(second|minute|hour|day)\s*$/.test(s))
+  fc.assert(
+    fc.property(anythingElse, text => {
+      t.is(mistakes({ ...SECRETS, RATE_LIMIT_ENROLLMENTS: text }).problems[0]?.variable, 'RATE_LIMIT_ENROLLMENTS')
+    }),
+  )
+})
+
+test('the reference names each variable once, with its meaning', t => {
+  t.is(new Set(SETTINGS_REFERENCE.map(({ name }) => name)).size, SETTINGS_REFERENCE.length)
+  t.true(SETTINGS_REFERENCE.every(({ meaning }) => meaning !== ''))
+  t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'OPA_TIMEOUT')!, { default: '5', unit: 'seconds' })
+})
