@@ -1,0 +1,331 @@
+/**
+ * Check and Authorize: may this user, on this device, reach this service, now?
+ *
+ * A question's life: identity of the connection → limit → decide (`decide.ts`) → lease, watched from here on
+ * (`leases.ts`) → audit, one row a message however many questions it carried → answer. An allow leaves only when its
+ * record is on disk, and not if the lease's ground has gone meanwhile.
+ */
+import { randomUUIDv7 } from 'node:crypto'
+import type { Journal, JournalEntry, JournalTable } from '../audit/journal.ts'
+import { type Call, callerName } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import { Fault, invalidField } from '../fault.ts'
+import type {
+  Answer,
+  AuthorizeRequest,
+  AuthorizeResponse,
+  CheckRequest,
+  CheckResponse,
+  Question,
+} from '../gen/edgemesh/v1/authorize.ts'
+import type { MessageStream } from '../message-stream.ts'
+import type { AccessQuestion, Decider, Verdict } from './decide.ts'
+import type { Facts } from './facts.ts'
+import { connectionEntry, type Lease, type Leases, type Revocation } from './leases.ts'
+
+export type AuthorizeDeps = {
+  facts: Facts
+  decider: Decider
+  leases: Leases
+  journal: Journal
+  instanceId: string
+  clock: Clock
+  /** @throws Fault RESOURCE_EXHAUSTED when the device asks too often */
+  limit: (deviceId: string, questions: number) => Promise<void>
+  onDecision: (decision: 'allow' | 'deny', seconds: number) => void
+  onConnection: (service: string, status: 'allowed' | 'denied') => void
+}
+
+/** What a message may carry. At 2 kB of audit a question, a full message is a row of a quarter megabyte. */
+const questionsMax = 128
+const questionIdCharactersMax = 64
+const actionCharactersMax = 32
+/** An e-mail address is of 254 characters at most (RFC 5321). */
+const nameCharactersMax = 254
+/** Leases one stream may hold. */
+const leasesPerStreamMax = 4_096
+/** Changes that may fall between deciding and leasing before the caller is asked to try again. */
+const attemptsMax = 5
+
+const decisionsTable: JournalTable = {
+  name: 'decisions',
+  columns: [
+    { name: 'at', type: 'timestamptz' },
+    { name: 'id', type: 'uuid' },
+    { name: 'device_id', type: 'text' },
+    { name: 'caller', type: 'text' },
+    { name: 'method', type: 'text' },
+    { name: 'source_address', type: 'text' },
+    { name: 'instance_id', type: 'text' },
+    { name: 'policy_revision', type: 'text' },
+    { name: 'latency_us', type: 'int' },
+    { name: 'questions', type: 'jsonb' },
+  ],
+}
+
+export function createCheck(deps: AuthorizeDeps) {
+  return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
+    const startedAt = performance.now()
+    if (!request.question) throw invalidField('question', 'is missing')
+    const deviceId = deviceAsked(request, call)
+    const question = checkQuestion(request.question, deviceId, 'question')
+    call.audit.target = `device/${deviceId}`
+    await deps.limit(deviceId, 1)
+    const { verdict } = await deps.decider.decide(question)
+    const decision = decisionEntry(call, deviceId, [{ question, verdict }], startedAt)
+    await deps.journal.append([decision.entry])
+    call.audit.written = true
+    deps.onDecision(verdict.allow ? 'allow' : 'deny', (performance.now() - startedAt) / 1_000)
+    const answer = answerOf(request.question.id, verdict, `${decision.id}.0`, '')
+    return { answer, serverTime: new Date(deps.clock()) }
+  }
+}
+
+export function createAuthorize(deps: AuthorizeDeps) {
+  return async (stream: MessageStream<AuthorizeRequest, AuthorizeResponse>, call: Call): Promise<void> => {
+    if (call.caller.kind !== 'device') throw new Error('the method is for devices only')
+    const deviceId = call.caller.id
+    call.audit.target = `device/${deviceId}`
+    /** The leases of this stream, by connection id. */
+    const held = new Map<string, Lease>()
+    const send = (kind: NonNullable<AuthorizeResponse['kind']>) =>
+      stream.send({ kind, serverTime: new Date(deps.clock()) })
+
+    function revoked({ lease, reasons, policyRevision, decisionId }: Revocation): void {
+      // A lease that its holder has not been told of yet turns into a denial instead (see `ask`).
+      if (!held.delete(lease.id)) return
+      const value = { connectionId: lease.id, questionId: lease.questionId, reasons, policyRevision, decisionId }
+      send({ $case: 'revoked', value })
+    }
+
+    async function ask(questions: Question[]): Promise<Answer[]> {
+      const startedAt = performance.now()
+      bounded('questions.questions', questions.length)
+      const asked = questions.map((question, at) => checkQuestion(question, deviceId, `questions.questions[${at}]`))
+      if (held.size + asked.length > leasesPerStreamMax) {
+        const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
+        throw new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CONNECTIONS', message)
+      }
+      await deps.limit(deviceId, asked.length)
+      const revocations = new Map<string, Revocation>()
+      const push = (revocation: Revocation) => {
+        revocations.set(revocation.lease.id, revocation)
+        revoked(revocation)
+      }
+      const decided = await Promise.all(
+        asked.map((question, at) => decideAndLease(deps, question, questions[at]?.id ?? '', push)),
+      )
+      const decision = decisionEntry(call, deviceId, decided, startedAt)
+      const entries = [decision.entry]
+      decided.forEach(({ lease }, at) => {
+        if (!lease) return
+        lease.decisionId = `${decision.id}.${at}`
+        entries.push(connectionEntry(lease, deps.instanceId, deps.clock(), []))
+      })
+      try {
+        await deps.journal.append(entries)
+      } catch (error) {
+        for (const { lease } of decided) if (lease) deps.leases.drop(lease)
+        throw error
+      }
+      const seconds = (performance.now() - startedAt) / 1_000
+      return decided.map(({ question, verdict, lease }, at) => {
+        const decisionId = `${decision.id}.${at}`
+        const questionId = questions[at]?.id ?? ''
+        deps.onDecision(verdict.allow ? 'allow' : 'deny', seconds)
+        deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
+        const revocation = lease && revocations.get(lease.id)
+        if (revocation) {
+          const { reasons, policyRevision, decisionId } = revocation
+          return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
+        }
+        if (lease) held.set(lease.id, lease)
+        return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
+      })
+    }
+
+    function close(ids: string[]): string[] {
+      bounded('close.connection_ids', ids.length)
+      return ids.filter(id => {
+        const lease = held.get(id)
+        held.delete(id)
+        return lease !== undefined && deps.leases.close(lease)
+      })
+    }
+
+    /** Asks again for what is held; a renewed lease keeps its id. */
+    async function renew(ids: string[]): Promise<Answer[]> {
+      bounded('renew.connection_ids', ids.length)
+      const leases = ids.map((id, at) => {
+        const lease = held.get(id)
+        if (!lease) throw invalidField(`renew.connection_ids[${at}]`, 'is not held on this stream')
+        return lease
+      })
+      return Promise.all(
+        leases.map(async lease => {
+          const { verdict } = await deps.decider.decide(lease.question)
+          // A denial is not told here: the lease's own watch finds it and pushes the revocation, once.
+          const allow = verdict.allow && lease.state === 'active'
+          if (allow) lease.expiresAtMs = verdict.expiresAtMs
+          return answerOf(lease.questionId, { ...verdict, allow }, lease.decisionId, allow ? lease.id : '')
+        }),
+      )
+    }
+
+    try {
+      await stream.receive(async request => {
+        const { kind } = request
+        if (kind?.$case === 'questions') {
+          send({ $case: 'answers', value: { answers: await ask(kind.value.questions) } })
+        } else if (kind?.$case === 'renew') {
+          send({ $case: 'answers', value: { answers: await renew(kind.value.connectionIds) } })
+        } else if (kind?.$case === 'close') {
+          send({ $case: 'closed', value: { connectionIds: close(kind.value.connectionIds) } })
+        } else if (kind?.$case === 'list') {
+          send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
+        } else {
+          throw invalidField('kind', 'has to be one of questions, renew, close, list')
+        }
+      })
+    } finally {
+      for (const lease of held.values()) deps.leases.close(lease)
+      held.clear()
+    }
+  }
+}
+
+/**
+ * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
+ * evaluated, it is decided again.
+ */
+async function decideAndLease(
+  deps: AuthorizeDeps,
+  question: AccessQuestion,
+  questionId: string,
+  push: (revocation: Revocation) => void,
+): Promise<{ question: AccessQuestion; verdict: Verdict; lease: Lease | undefined }> {
+  for (let attempt = 1; attempt <= attemptsMax; attempt++) {
+    const { verdict, ground } = await deps.decider.decide(question)
+    if (!verdict.allow) return { question, verdict, lease: undefined }
+    if (!deps.facts.isCurrent(question, ground)) continue
+    const lease = deps.leases.grant({
+      questionId,
+      question,
+      userId: ground.user.value?.id ?? '',
+      serviceId: ground.service.value?.id ?? '',
+      role: ground.user.value?.role ?? '',
+      expiresAtMs: verdict.expiresAtMs,
+      decisionId: '',
+      push,
+    })
+    return { question, verdict, lease }
+  }
+  throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
+    retryAfterMs: 100,
+  })
+}
+
+/** The decision that ended a lease, made by the server itself. */
+export function revocationEntry(instanceId: string, clock: Clock) {
+  return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
+    const call = { caller: `instance/${instanceId}`, method: 'lease', address: '', startedAt: clock(), instanceId }
+    const { id, entry } = decisionRow(call, lease.question.deviceId, [{ question: lease.question, verdict }], 0)
+    return { entry, decisionId: `${id}.0` }
+  }
+}
+
+/** Who a question is about is who asks; only operators and services ask about others. */
+function deviceAsked(request: CheckRequest, { caller }: Call): string {
+  if (caller.kind !== 'device') {
+    if (request.deviceId) return checkedName('device_id', request.deviceId)
+    throw invalidField('device_id', `is missing: a ${caller.kind} has to say which device it asks about`)
+  }
+  if (request.deviceId && request.deviceId !== caller.id) {
+    const message = `device_id: a device asks about itself only, and this certificate is ${caller.spiffeId}`
+    throw new Fault('PERMISSION_DENIED', 'OTHER_DEVICE', message)
+  }
+  return caller.id
+}
+
+function checkQuestion(question: Question, deviceId: string, field: string): AccessQuestion {
+  if (question.id.length > questionIdCharactersMax) {
+    throw invalidField(`${field}.id`, `has to be of at most ${questionIdCharactersMax} characters`)
+  }
+  if (question.action.length > actionCharactersMax || question.action.includes('\0')) {
+    throw invalidField(`${field}.action`, `has to be of at most ${actionCharactersMax} characters, without NUL`)
+  }
+  return {
+    deviceId,
+    user: checkedName(`${field}.user`, question.user),
+    service: checkedName(`${field}.service`, question.service),
+    action: question.action || 'connect',
+  }
+}
+
+function checkedName(field: string, name: string): string {
+  if (name.length === 0) throw invalidField(field, 'is missing')
+  if (name.length > nameCharactersMax || name.includes('\0')) {
+    throw invalidField(field, `has to be of at most ${nameCharactersMax} characters, without NUL`)
+  }
+  return name
+}
+
+function bounded(field: string, length: number): void {
+  if (length === 0) throw invalidField(field, 'is empty')
+  if (length > questionsMax) throw invalidField(field, `has to have at most ${questionsMax} entries`)
+}
+
+function answerOf(questionId: string, verdict: Verdict, decisionId: string, connectionId: string): Answer {
+  return {
+    questionId,
+    allowed: verdict.allow,
+    reasons: verdict.reasons,
+    policyRevision: verdict.policyRevision,
+    expiresAt: new Date(verdict.expiresAtMs),
+    decisionId,
+    connectionId,
+  }
+}
+
+const openConnection = (lease: Lease) => ({
+  connectionId: lease.id,
+  questionId: lease.questionId,
+  user: lease.question.user,
+  service: lease.question.service,
+  action: lease.question.action,
+  grantedAt: new Date(lease.grantedAtMs),
+  expiresAt: new Date(lease.expiresAtMs),
+})
+
+type Decided = { question: AccessQuestion; verdict: Verdict }
+
+function decisionEntry(call: Call, deviceId: string, decided: Decided[], startedAt: number) {
+  const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
+  return decisionRow({ ...call, caller: callerName(call.caller) }, deviceId, decided, latencyUs)
+}
+
+function decisionRow(
+  call: { caller: string; method: string; address: string; startedAt: number; instanceId: string },
+  deviceId: string,
+  decided: Decided[],
+  latencyUs: number,
+): { id: string; entry: JournalEntry } {
+  const id = randomUUIDv7()
+  // The verdict's own JSON is spliced in: it was made once, when the verdict was.
+  const questions = decided.map(({ question: { user, service, action }, verdict }) => {
+    return `${JSON.stringify({ user, service, action }).slice(0, -1)},${verdict.json.slice(1)}`
+  })
+  const row = [
+    new Date(call.startedAt),
+    id,
+    deviceId,
+    call.caller,
+    call.method,
+    call.address,
+    call.instanceId,
+    decided[0]?.verdict.policyRevision ?? '',
+    latencyUs,
+    `[${questions.join(',')}]`,
+  ]
+  return { id, entry: { table: decisionsTable, row } }
+}

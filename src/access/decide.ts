@@ -1,0 +1,156 @@
+/**
+ * Decide: one question, answered by policy over facts.
+ *
+ * facts → decision cache → on a miss one evaluation, shared by identical questions that ask meanwhile → an answer that
+ * never outlives the freshness of the health it rests on, nor the time of day that policy looked at.
+ *
+ * The cache can't be wrong: its key holds the version of every fact and the revision of the policy, so a change makes
+ * another key.
+ */
+import { LRUCache } from 'lru-cache'
+import type { Clock } from '../clock.ts'
+import type { Facts, Ground } from './facts.ts'
+import type { AuthzInput, PolicyEngine, PolicyReason, Weekday } from './policy-engine.ts'
+
+/** `user` is an id or an e-mail address. */
+export type AccessQuestion = { deviceId: string; user: string; service: string; action: string }
+
+export type Verdict = {
+  allow: boolean
+  reasons: PolicyReason[]
+  policyRevision: string
+  /** Ask again by then, ms since epoch. */
+  expiresAtMs: number
+  input: AuthzInput
+  /** `{allow, reasons, input}` as JSON, made once however often the verdict is used. */
+  json: string
+}
+
+export type Decider = {
+  /** @throws Fault UNAVAILABLE when policy or facts can't be had; never guesses */
+  decide(question: AccessQuestion): Promise<{ verdict: Verdict; ground: Ground }>
+  stats(): { entries: number; hits: number; misses: number }
+}
+
+/** Verdicts kept, about 3 kB each. */
+const verdictsMax = 50_000
+
+export function createDecider(options: { facts: Facts; engine: PolicyEngine; clock: Clock }): Decider {
+  const { facts, engine, clock } = options
+  const verdicts = new LRUCache<string, Verdict>({ max: verdictsMax })
+  const underWay = new Map<string, Promise<Verdict>>()
+  let hits = 0
+  let misses = 0
+  engine.onRevision(() => verdicts.clear())
+
+  async function evaluate(key: string, question: AccessQuestion, ground: Ground, now: number): Promise<Verdict> {
+    const policyRevision = engine.revision()
+    const input = inputOf(question, ground, facts.maxAgeMs, now)
+    const { allow, reasons, validForSeconds } = await engine.evaluate('authz', input)
+    const json = JSON.stringify({ allow, reasons, input })
+    // Whole seconds of the policy are cut to the exact moment at which the health turns stale.
+    const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
+    const expiresAtMs = Math.min(now + validForSeconds * 1_000, staleAtMs)
+    const verdict = { allow, reasons, policyRevision, expiresAtMs, input, json }
+    if (engine.revision() === policyRevision) verdicts.set(key, verdict)
+    return verdict
+  }
+
+  return {
+    async decide(question) {
+      const ground = await facts.ground(question)
+      const now = clock()
+      const key = [
+        ground.device.version,
+        ground.user.version,
+        ground.service.version,
+        ground.grants.version,
+        ground.policy.version,
+        question.action,
+        engine.revision(),
+      ].join('|')
+      const kept = verdicts.get(key)
+      if (kept && now < kept.expiresAtMs) {
+        hits++
+        return { verdict: kept, ground }
+      }
+      misses++
+      let evaluation = underWay.get(key)
+      if (!evaluation) {
+        evaluation = evaluate(key, question, ground, now).finally(() => underWay.delete(key))
+        underWay.set(key, evaluation)
+      }
+      return { verdict: await evaluation, ground }
+    },
+    stats: () => ({ entries: verdicts.size, hits, misses }),
+  }
+}
+
+function inputOf({ deviceId, action }: AccessQuestion, ground: Ground, maxAgeMs: number, now: number): AuthzInput {
+  const device = ground.device.value
+  const user = ground.user.value
+  const service = ground.service.value
+  const { requirements, hours } = ground.policy.value
+  const grants = ground.grants.value
+  return {
+    device: {
+      id: deviceId,
+      type: device?.type ?? 'unspecified',
+      // A device that is not (or no longer) there is as good as revoked.
+      status: device?.status ?? 'revoked',
+      labels: device?.labels ?? {},
+      // Nobody gets here without a live certificate; an operator asks as if the device did.
+      authenticated: device !== undefined,
+      health: device ? healthOf(device, now) : null,
+    },
+    user: user ? { id: user.id, role: user.role, status: user.status } : null,
+    service: service ? { id: service.id, labels: service.labels, status: service.status } : null,
+    action,
+    grants: user && service ? [...(grants.get(service.id) ?? []), ...(grants.get('*') ?? [])] : [],
+    requirements: { health_max_age_seconds: maxAgeMs / 1_000, ...requirements },
+    hours,
+    time: timeIn(hours?.timezone ?? 'UTC', now),
+  }
+}
+
+function healthOf(
+  { posture, measuredAtMs }: NonNullable<Ground['device']['value']>,
+  now: number,
+): AuthzInput['device']['health'] {
+  if (!posture) return null
+  return {
+    age_seconds: Math.max(0, Math.floor((now - measuredAtMs) / 1_000)),
+    cpu_percent: posture.cpuPercent ?? null,
+    memory_percent: posture.memoryPercent ?? null,
+    disk_percent: posture.diskPercent ?? null,
+    patches_current: posture.patchesCurrent ?? null,
+    antivirus_enabled: posture.antivirusEnabled ?? null,
+    disk_encrypted: posture.diskEncrypted ?? null,
+    firewall_enabled: posture.firewallEnabled ?? null,
+    attributes: posture.attributes,
+  }
+}
+
+/** Formatters are dear to make; zones are few, since an operator names them. */
+const formatters = new LRUCache<string, Intl.DateTimeFormat>({ max: 50 })
+
+function timeIn(timeZone: string, now: number): AuthzInput['time'] {
+  let formatter = formatters.get(timeZone)
+  if (!formatter) {
+    formatter = new Intl.DateTimeFormat('en-US', {
+      timeZone,
+      weekday: 'short',
+      hour: 'numeric',
+      minute: 'numeric',
+      second: 'numeric',
+      hourCycle: 'h23',
+    })
+    formatters.set(timeZone, formatter)
+  }
+  const parts = Object.fromEntries(formatter.formatToParts(now).map(({ type, value }) => [type, value]))
+  return {
+    weekday: String(parts.weekday).toLowerCase() as Weekday,
+    minute: Number(parts.hour) * 60 + Number(parts.minute),
+    second: Number(parts.second),
+  }
+}

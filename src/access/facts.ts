@@ -1,0 +1,161 @@
+/**
+ * The facts that decisions rest on: devices with their posture, users, services, grants, policy data.
+ *
+ * From memory, loaded on a miss, kept fresh by the change feed. Heartbeats that change nothing that policy can see are
+ * not announced to other instances; so a device that looks stale here is looked at once more in the database before
+ * anyone says so.
+ */
+import type pg from 'pg'
+import type { ChangeFeed } from '../db/change-feed.ts'
+import { type Fact, keepFacts } from '../db/kept-facts.ts'
+import type { PostureRequirements, PostureValues } from '../fleet/posture.ts'
+import type { BusinessHours } from './entities.ts'
+import type { AuthzInput } from './policy-engine.ts'
+
+export type DeviceFacts = {
+  id: string
+  type: string
+  status: AuthzInput['device']['status']
+  statusReason: string
+  labels: Record<string, string>
+  posture: PostureValues | undefined
+  /** When the posture was measured, ms since epoch; 0 if never. Moves on with each heartbeat. */
+  measuredAtMs: number
+}
+export type UserFacts = { id: string; role: string; status: 'active' | 'disabled' }
+export type ServiceFacts = { id: string; labels: Record<string, string>; status: 'active' | 'disabled' }
+export type PolicyFacts = { requirements: PostureRequirements; hours: BusinessHours | null }
+
+/** All that one question rests on. */
+export type Ground = {
+  device: Fact<DeviceFacts | undefined>
+  user: Fact<UserFacts | undefined>
+  service: Fact<ServiceFacts | undefined>
+  /** What the user's role may do, by service. */
+  grants: Fact<Map<string, string[]>>
+  policy: Fact<PolicyFacts>
+}
+
+export type Facts = {
+  /** @throws Fault UNAVAILABLE when memory can't be trusted and the database can't be asked */
+  ground(question: { deviceId: string; user: string; service: string }): Promise<Ground>
+  /** Whether nothing of it has changed since. */
+  isCurrent(question: { deviceId: string; user: string; service: string }, ground: Ground): boolean
+  policyData(): Promise<PolicyFacts>
+  device(id: string): Promise<DeviceFacts | undefined>
+  /** A heartbeat that changed nothing but the time is durable. */
+  reported(deviceId: string, measuredAtMs: number): void
+  maxAgeMs: number
+}
+
+/** Facts of each kind kept at most; a device with posture and labels is about 1 kB. */
+const devicesMax = 100_000
+const usersMax = 50_000
+const servicesMax = 20_000
+const rolesMax = 1_000
+
+export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs: number }): Facts {
+  const { pool, feed, maxAgeMs } = options
+
+  const devices = keepFacts<DeviceFacts | undefined>({
+    feed,
+    kind: 'device',
+    max: devicesMax,
+    async load(id) {
+      const { rows } = await pool.query(
+        `select d.id, d.type, d.status, d.status_reason as "statusReason", d.labels, p.posture,
+           coalesce((extract(epoch from p.measured_at) * 1000)::float8, 0) as "measuredAtMs"
+         from devices d left join device_postures p on p.device_id = d.id where d.id = $1`,
+        [id],
+      )
+      return rows[0] ? { ...rows[0], posture: rows[0].posture ?? undefined } : undefined
+    },
+  })
+  const users = keepFacts<UserFacts | undefined>({
+    feed,
+    kind: 'user',
+    max: usersMax,
+    async load(name) {
+      const { rows } = await pool.query<UserFacts>(
+        'select id, role, status from users where id = $1 or lower(email) = lower($1) order by id = $1 desc limit 1',
+        [name],
+      )
+      return rows[0]
+    },
+    // Users are asked for by e-mail address too, and a name that nobody had may be somebody's now.
+    concerns: (changed, user) => user === undefined || user.id === changed,
+  })
+  const services = keepFacts<ServiceFacts | undefined>({
+    feed,
+    kind: 'service',
+    max: servicesMax,
+    async load(id) {
+      const { rows } = await pool.query<ServiceFacts>('select id, labels, status from services where id = $1', [id])
+      return rows[0]
+    },
+  })
+  const grants = keepFacts<Map<string, string[]>>({
+    feed,
+    kind: 'grants',
+    max: rolesMax,
+    async load(role) {
+      const { rows } = await pool.query<{ service: string; actions: string[] }>(
+        'select service, actions from role_grants where role = $1',
+        [role],
+      )
+      return new Map(rows.map(row => [row.service, row.actions]))
+    },
+  })
+  const policy = keepFacts<PolicyFacts>({
+    feed,
+    kind: 'policy',
+    max: 1,
+    async load() {
+      const { rows } = await pool.query<PolicyFacts>('select requirements, hours from policy_data where id = 1')
+      if (!rows[0]) throw new Error('the table policy_data is empty; migrate the database')
+      return rows[0]
+    },
+  })
+
+  const nobody = ''
+
+  async function freshDevice(id: string): Promise<Fact<DeviceFacts | undefined>> {
+    const fact = await devices.get(id)
+    const measuredAtMs = fact.value?.measuredAtMs
+    if (!measuredAtMs) return fact
+    const staleAt = measuredAtMs + maxAgeMs
+    if (Date.now() < staleAt || fact.loadedAt >= staleAt) return fact
+    devices.forget(id)
+    return devices.get(id)
+  }
+
+  return {
+    maxAgeMs,
+    async ground({ deviceId, user, service }) {
+      if (!feed.isLive()) await feed.caughtUp()
+      const [deviceFact, userFact, serviceFact, policyFact] = await Promise.all([
+        freshDevice(deviceId),
+        users.get(user),
+        services.get(service),
+        policy.get('data'),
+      ])
+      const grantsFact = await grants.get(userFact.value?.role ?? nobody)
+      return { device: deviceFact, user: userFact, service: serviceFact, grants: grantsFact, policy: policyFact }
+    },
+    isCurrent({ deviceId, user, service }, ground) {
+      return (
+        devices.isCurrent(deviceId, ground.device) &&
+        users.isCurrent(user, ground.user) &&
+        services.isCurrent(service, ground.service) &&
+        grants.isCurrent(ground.user.value?.role ?? nobody, ground.grants) &&
+        policy.isCurrent('data', ground.policy)
+      )
+    },
+    policyData: async () => (await policy.get('data')).value,
+    device: async id => (await devices.get(id)).value,
+    reported(deviceId, measuredAtMs) {
+      const device = devices.peek(deviceId)?.value
+      if (device && device.measuredAtMs < measuredAtMs) device.measuredAtMs = measuredAtMs
+    },
+  }
+}

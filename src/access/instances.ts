@@ -1,0 +1,58 @@
+/**
+ * Which instances are alive, so that the connections of one that died do not stay on record as open.
+ *
+ * A lease lives on its stream, and a stream dies with its instance: what is left is the row, which another instance closes.
+ */
+import type pg from 'pg'
+import type { Log } from '../telemetry/log.ts'
+
+export type InstanceRecord = { stop(): Promise<void> }
+
+const beatMs = 5_000
+/** An instance that has not been seen for this long is taken for dead. */
+const deadAfterMs = 30_000
+
+export async function keepInstanceRecord(options: {
+  pool: pg.Pool
+  instanceId: string
+  log: Log
+}): Promise<InstanceRecord> {
+  const { pool, instanceId, log } = options
+
+  async function beat(): Promise<void> {
+    await pool.query(
+      `insert into instances (id, started_at, seen_at) values ($1, now(), now())
+       on conflict (id) do update set seen_at = now()`,
+      [instanceId],
+    )
+    await pool.query(
+      `with dead as (
+         delete from instances where seen_at < now() - make_interval(secs => $1) returning id
+       )
+       update connections set status = 'closed', ended_at = now(), end_reasons = $2::jsonb
+       where status = 'active' and (instance_id in (select id from dead)
+         or instance_id not in (select id from instances))`,
+      [deadAfterMs / 1_000, JSON.stringify([instanceGone])],
+    )
+  }
+
+  await beat()
+  const timer = setInterval(() => {
+    beat().catch(error => log.debug({ err: error }, 'the instance can not be recorded now'))
+  }, beatMs)
+  timer.unref()
+  return {
+    async stop() {
+      clearInterval(timer)
+      await pool.query('delete from instances where id = $1', [instanceId]).catch(() => {})
+    },
+  }
+}
+
+const instanceGone = {
+  code: 'INSTANCE_GONE',
+  field: 'connection.instance_id',
+  actual: 'gone',
+  required: 'alive',
+  message: 'The instance that held the connection has gone.',
+}

@@ -1,0 +1,60 @@
+/**
+ * AdminService: what operators do, one file a noun.
+ *
+ * Who may call what has been decided (policies/admin.rego) before a handler runs. Each one checks its request whole
+ * before it touches anything; each change is one transaction with its announcement and its audit event (`change.ts`).
+ */
+import type { handleUnaryCall } from '@grpc/grpc-js'
+import type { Call } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import type { Database } from '../db/orm.ts'
+import type { AdminServiceServer } from '../gen/edgemesh/v1/admin.ts'
+import { auditEventHandlers } from './audit-events.ts'
+import { type AuthorityState, authorityHandlers } from './authority.ts'
+import { connectionHandlers } from './connections.ts'
+import { decisionHandlers } from './decisions.ts'
+import { deviceHandlers } from './devices.ts'
+import { grantHandlers } from './grants.ts'
+import { policyDataHandlers } from './policy-data.ts'
+import { serviceHandlers } from './services.ts'
+import { tokenHandlers } from './tokens.ts'
+import { userHandlers } from './users.ts'
+
+export type AdminDeps = {
+  db: Database
+  clock: Clock
+  instanceId: string
+  /** ENROLLMENT_TOKEN_SECRET: what the hashes of tokens are made under. */
+  tokenSecret: string
+  authority: AuthorityState
+  policy: {
+    /** Names the policy that decides now. */
+    revision(): string
+    engine: 'in-process' | 'opa-server'
+  }
+}
+
+/** Every unary method that the proto declares, as a handler. */
+type AdminHandlers = {
+  [Method in keyof AdminServiceServer as string extends Method
+    ? never
+    : Method]: AdminServiceServer[Method] extends handleUnaryCall<infer Request, infer Response>
+    ? (request: Request, call: Call) => Promise<Response>
+    : never
+}
+
+/** Methods without a handler are answered UNIMPLEMENTED: approving and deleting devices, tailing audit, rotation. */
+export function adminHandlers(deps: AdminDeps) {
+  return {
+    ...tokenHandlers(deps),
+    ...deviceHandlers(deps),
+    ...userHandlers(deps),
+    ...serviceHandlers(deps),
+    ...grantHandlers(deps),
+    ...connectionHandlers(deps),
+    ...decisionHandlers(deps),
+    ...auditEventHandlers(deps),
+    ...authorityHandlers(deps),
+    ...policyDataHandlers(deps),
+  } satisfies Partial<AdminHandlers>
+}

@@ -1,0 +1,85 @@
+/** Audit events: who called what, from where, and how it ended. Read only: nobody changes or removes one. */
+import { z } from 'zod'
+import { AuditEvent } from '../audit/entities.ts'
+import type { Call } from '../caller.ts'
+import type { Database } from '../db/orm.ts'
+import type {
+  AuditEvent as AuditEventMessage,
+  SearchAuditEventsRequest,
+  SearchAuditEventsResponse,
+} from '../gen/edgemesh/v1/admin.ts'
+import { cutPage, page } from './paging.ts'
+import { check, text } from './request.ts'
+
+/** As long as the longest SPIFFE ID. */
+const filterCharactersMax = 2_048
+
+const filter = text(filterCharactersMax)
+/** Four-digit years: all that a Timestamp may be (RFC 3339), and PostgreSQL's own range is wider. */
+const time = z
+  .date({ error: 'has to be a time between the years 1 and 9999' })
+  .min(new Date('0001-01-01T00:00:00Z'))
+  .max(new Date('9999-12-31T23:59:59.999Z'))
+
+const searchRequest = z.object({
+  ...page(z.tuple([z.iso.datetime(), z.guid()])),
+  actor: filter,
+  method: filter,
+  target: filter,
+  code: filter,
+  after: time.optional(),
+  before: time.optional(),
+})
+
+export function auditEventHandlers({ db }: { db: Database }) {
+  return {
+    /**
+     * The newest first. Filters match whole values; `after` is the first instant included and `before` the first one
+     * not, so that one search can go on where another has ended.
+     */
+    async searchAuditEvents(request: SearchAuditEventsRequest, call: Call): Promise<SearchAuditEventsResponse> {
+      const { pageSize, pageToken, actor, method, target, code, after, before } = check(searchRequest, request)
+      call.audit.target = 'audit-events'
+      const query = db
+        .em()
+        .createQueryBuilder(AuditEvent)
+        .orderBy({ at: 'desc', id: 'desc' })
+        .limit(pageSize + 1)
+      if (actor) query.andWhere({ actor })
+      if (method) query.andWhere({ method })
+      if (target) query.andWhere({ target })
+      if (code) query.andWhere({ code })
+      if (after) query.andWhere({ at: { $gte: after } })
+      if (before) query.andWhere({ at: { $lt: before } })
+      if (pageToken) {
+        const [at, id] = pageToken
+        // PostgreSQL counts microseconds, a Date only milliseconds: the time narrows the search to one partition, the
+        // row itself says the rest.
+        query.andWhere(
+          `(at, id) < (
+            select at, id from audit_events
+            where id = ? and at >= ?::timestamptz and at < ?::timestamptz + interval '1 millisecond')`,
+          [id, at, at],
+        )
+      }
+      const found = await query.getResultList()
+      const { rows, nextPageToken } = cutPage(found, pageSize, event => [event.at.toISOString(), event.id])
+      return { events: rows.map(eventMessage), nextPageToken }
+    },
+  }
+}
+
+function eventMessage(event: AuditEvent): AuditEventMessage {
+  return {
+    id: event.id,
+    at: event.at,
+    actor: event.actor,
+    method: event.method,
+    target: event.target,
+    sourceAddress: event.sourceAddress,
+    code: event.code,
+    reason: event.reason,
+    detail: event.detail,
+    instanceId: event.instanceId,
+  }
+}

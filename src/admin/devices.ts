@@ -1,0 +1,206 @@
+/** Devices: looked at, quarantined, released and revoked by operators. They come into being by enrolling. */
+import { z } from 'zod'
+import type { Call } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
+import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
+import type {
+  Certificate as CertificateMessage,
+  Device as DeviceMessage,
+  GetDeviceRequest,
+  GetDeviceResponse,
+  ListDevicesRequest,
+  ListDevicesResponse,
+  QuarantineDeviceRequest,
+  QuarantineDeviceResponse,
+  ReleaseDeviceRequest,
+  ReleaseDeviceResponse,
+  RevokeDeviceRequest,
+  RevokeDeviceResponse,
+} from '../gen/edgemesh/v1/admin.ts'
+import { DeviceStatus, DeviceType } from '../gen/edgemesh/v1/types.ts'
+import type { RevocationReason } from '../identity/crl.ts'
+import { Certificate } from '../identity/entities.ts'
+import { change } from './change.ts'
+import { cutPage, page } from './paging.ts'
+import { check, enumValue, id, labels, reason } from './request.ts'
+
+/** The types as the database spells them. */
+export const deviceTypes: Record<DeviceTypeName, DeviceType> = {
+  unspecified: DeviceType.UNSPECIFIED,
+  laptop: DeviceType.LAPTOP,
+  server: DeviceType.SERVER,
+  iot: DeviceType.IOT,
+  gateway: DeviceType.GATEWAY,
+}
+
+/** The statuses as the database spells them. */
+export const deviceStatuses: Record<DeviceStatusName, DeviceStatus> = {
+  pending: DeviceStatus.PENDING,
+  active: DeviceStatus.ACTIVE,
+  quarantined: DeviceStatus.QUARANTINED,
+  revoked: DeviceStatus.REVOKED,
+}
+
+export function deviceTypeName(type: DeviceType): DeviceTypeName {
+  const names = Object.keys(deviceTypes) as DeviceTypeName[]
+  return names.find(name => deviceTypes[name] === type) ?? 'unspecified'
+}
+
+/** `undefined` for UNSPECIFIED. */
+export function deviceStatusName(status: DeviceStatus): DeviceStatusName | undefined {
+  const names = Object.keys(deviceStatuses) as DeviceStatusName[]
+  return names.find(name => deviceStatuses[name] === status)
+}
+
+/** What an operator may do to a device, and where that leads from each status. What is not here is refused. */
+const transitions: Record<Step, Partial<Record<DeviceStatusName, DeviceStatusName>>> = {
+  quarantine: { pending: 'quarantined', active: 'quarantined' },
+  release: { quarantined: 'active' },
+  // Revoking twice is revoking: whoever repeats a call whose answer was lost must not be told that it failed.
+  revoke: { pending: 'revoked', active: 'revoked', quarantined: 'revoked', revoked: 'revoked' },
+}
+
+type Step = 'quarantine' | 'release' | 'revoke'
+
+const listRequest = z.object({ ...page(z.tuple([id])), status: enumValue(DeviceStatus), labels })
+const idRequest = z.object({ id })
+const reasonRequest = z.object({ id, reason })
+
+export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
+  return {
+    async listDevices(request: ListDevicesRequest, call: Call): Promise<ListDevicesResponse> {
+      const { pageSize, pageToken: after, status, labels } = check(listRequest, request)
+      call.audit.target = 'devices'
+      const em = db.em()
+      const query = em
+        .createQueryBuilder(Device)
+        .orderBy({ id: 'asc' })
+        .limit(pageSize + 1)
+      const statusName = deviceStatusName(status)
+      if (after) query.andWhere({ id: { $gt: after[0] } })
+      if (statusName) query.andWhere({ status: statusName })
+      if (Object.keys(labels).length > 0) query.andWhere('labels @> ?::jsonb', [JSON.stringify(labels)])
+      const { rows, nextPageToken } = cutPage(await query.getResultList(), pageSize, device => [device.id])
+      return { devices: await deviceMessages(em, rows), nextPageToken }
+    },
+
+    async getDevice(request: GetDeviceRequest, call: Call): Promise<GetDeviceResponse> {
+      const asked = check(idRequest, request)
+      call.audit.target = `device/${asked.id}`
+      const em = db.em()
+      const device = await em.findOne(Device, asked.id)
+      if (!device) throw deviceNotFound(asked.id)
+      return { device: await deviceMessage(em, device) }
+    },
+
+    async quarantineDevice(request: QuarantineDeviceRequest, call: Call): Promise<QuarantineDeviceResponse> {
+      const asked = check(reasonRequest, request)
+      return { device: await take('quarantine', asked.id, asked.reason, call) }
+    },
+
+    async releaseDevice(request: ReleaseDeviceRequest, call: Call): Promise<ReleaseDeviceResponse> {
+      const asked = check(idRequest, request)
+      return { device: await take('release', asked.id, '', call) }
+    },
+
+    async revokeDevice(request: RevokeDeviceRequest, call: Call): Promise<RevokeDeviceResponse> {
+      const asked = check(reasonRequest, request)
+      return { device: await take('revoke', asked.id, asked.reason, call) }
+    },
+  }
+
+  /** Takes the device one step through its life and tells every instance. */
+  function take(step: Step, id: string, reason: string, call: Call): Promise<DeviceMessage> {
+    call.audit.target = `device/${id}`
+    return change(db, call, async em => {
+      // Step 1. Nobody else moves the device until this transaction has ended.
+      const device = await em.findOne(Device, id, { lockMode: LockMode.PESSIMISTIC_WRITE })
+      if (!device) throw deviceNotFound(id)
+
+      // Step 2. Move it, if the table has a way from here.
+      const before = device.status
+      const after = transitions[step][before]
+      if (after === undefined) throw stepRefused(step, id, before)
+      const now = new Date(clock())
+      if (after !== before) {
+        device.status = after
+        device.statusReason = reason
+        device.updatedAt = now
+      }
+
+      // Step 3. A device that is out for good takes its certificates with it. Also when it was out before: none that
+      // slipped in between must live.
+      if (after === 'revoked') {
+        await em.nativeUpdate(
+          Certificate,
+          { subjectKind: 'device', subjectId: id, revokedAt: null },
+          { revokedAt: now, revocationReason: 'privilegeWithdrawn' satisfies RevocationReason },
+        )
+      }
+
+      call.audit.detail = { before, after, reason }
+      return { answer: await deviceMessage(em, device), keys: [`device:${id}`] }
+    })
+  }
+}
+
+async function deviceMessage(em: EntityManager, device: Device): Promise<DeviceMessage> {
+  const [message] = await deviceMessages(em, [device])
+  return message!
+}
+
+/** The devices with their posture and their certificates, in three statements however many there are. */
+async function deviceMessages(em: EntityManager, devices: Device[]): Promise<DeviceMessage[]> {
+  const ids = devices.map(device => device.id)
+  const postures = await em.find(DevicePosture, { deviceId: { $in: ids } })
+  const certificates = await em.find(
+    Certificate,
+    { subjectKind: 'device', subjectId: { $in: ids } },
+    { orderBy: { notBefore: 'desc', serial: 'asc' } },
+  )
+  const postureOf = new Map(postures.map(posture => [posture.deviceId, posture]))
+  const certificatesOf = Map.groupBy(certificates, certificate => certificate.subjectId)
+  return devices.map(device => {
+    const latest = postureOf.get(device.id)
+    return {
+      id: device.id,
+      type: deviceTypes[device.type],
+      os: device.os,
+      osVersion: device.osVersion,
+      labels: device.labels,
+      status: deviceStatuses[device.status],
+      statusReason: device.statusReason,
+      spiffeId: device.spiffeId,
+      enrolledAt: device.enrolledAt,
+      lastSeenAt: latest?.receivedAt,
+      posture: latest && { ...latest.posture, measuredAt: latest.measuredAt },
+      failingPosture: latest?.failing ?? [],
+      certificates: (certificatesOf.get(device.id) ?? []).map(certificateMessage),
+    }
+  })
+}
+
+function certificateMessage(certificate: Certificate): CertificateMessage {
+  return {
+    serial: certificate.serial,
+    fingerprintSha256: certificate.fingerprintSha256 ?? '',
+    notBefore: certificate.notBefore,
+    notAfter: certificate.notAfter,
+    revokedAt: certificate.revokedAt ?? undefined,
+    revocationReason: certificate.revocationReason ?? '',
+  }
+}
+
+function deviceNotFound(id: string): Fault {
+  return new Fault('NOT_FOUND', 'DEVICE_NOT_FOUND', `there is no device ${id}`)
+}
+
+function stepRefused(step: Step, id: string, status: DeviceStatusName): Fault {
+  const from = Object.keys(transitions[step]).join(' or ')
+  const reason = step === 'release' ? 'DEVICE_NOT_QUARANTINED' : `DEVICE_${status.toUpperCase()}`
+  return new Fault('FAILED_PRECONDITION', reason, `can't ${step} device ${id}: it is ${status}, not ${from}`, {
+    metadata: { status },
+  })
+}

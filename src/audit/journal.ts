@@ -1,0 +1,232 @@
+/**
+ * The journal: every call and every decision is on disk before an allow is answered.
+ *
+ * Writers append and wait. While one commit is under way, what arrives gathers for the next (group commit): alone a
+ * row waits for one commit, in a crowd hundreds share one. Nothing is dropped: a full journal or an unreachable database
+ * refuses, and who was refused must not allow anything. A revocation is the exception: it takes effect at once and is
+ * written as soon as it can be (`appendLater`).
+ */
+import { randomUUIDv7 } from 'node:crypto'
+import type pg from 'pg'
+import { type Call, callerName } from '../caller.ts'
+import { type EntityManager, isDatabaseOutage } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
+import type { Log } from '../telemetry/log.ts'
+import { AuditEvent } from './entities.ts'
+
+/** A table that the journal writes. Rows are column values, in the order of `columns`. */
+export type JournalTable = {
+  name: string
+  columns: readonly { name: string; type: string }[]
+  /** What follows the insert, such as `on conflict …`. */
+  onConflict?: string
+  /** Rows of one batch with the same key are one row, the last. */
+  key?: (row: readonly unknown[]) => string
+}
+
+export type JournalEntry = { table: JournalTable; row: readonly unknown[] }
+
+export type Journal = {
+  /** Resolves once all entries are committed, all or none. @throws Fault UNAVAILABLE `AUDIT_UNAVAILABLE` */
+  append(entries: readonly JournalEntry[]): Promise<void>
+  /** Written as soon as the database takes it, for what has already happened. */
+  appendLater(entries: readonly JournalEntry[]): void
+  /** Waits for what is queued. */
+  drained(): Promise<void>
+}
+
+/** Appends that share a commit; at about 1 kB a row a batch stays near 1 MB. */
+const batchAppendsMax = 1_000
+/** Appends waiting; more are refused. Twenty batches are over two seconds of PostgreSQL's work. */
+const queuedAppendsMax = 20_000
+const retryMs = 500
+
+type Append = {
+  entries: readonly JournalEntry[]
+  resolve: () => void
+  reject: (error: unknown) => void
+  /** Tried again for as long as the database is away. */
+  persistent: boolean
+}
+
+export function startJournal(options: {
+  pool: pg.Pool
+  log: Log
+  onCommit?: (rows: number, seconds: number) => void
+}): Journal {
+  const queue: Append[] = []
+  let flushing: Promise<void> | undefined
+
+  function enqueue(append: Append): void {
+    queue.push(append)
+    flushing ??= flush().finally(() => {
+      flushing = undefined
+    })
+  }
+
+  async function flush(): Promise<void> {
+    // What arrives within this turn of the event loop joins the first batch.
+    await new Promise(resolve => setImmediate(resolve))
+    while (queue.length > 0) {
+      const batch = queue.splice(0, batchAppendsMax)
+      const startedAt = performance.now()
+      try {
+        const rows = await commit(batch)
+        options.onCommit?.(rows, (performance.now() - startedAt) / 1_000)
+        for (const append of batch) append.resolve()
+      } catch (error) {
+        if (isDatabaseOutage(error)) await postpone(batch, error)
+        else await commitOneByOne(batch)
+      }
+    }
+  }
+
+  async function commit(batch: readonly Append[]): Promise<number> {
+    const rowsOf = new Map<JournalTable, (readonly unknown[])[]>()
+    for (const append of batch) {
+      for (const { table, row } of append.entries) {
+        const rows = rowsOf.get(table)
+        if (rows) rows.push(row)
+        else rowsOf.set(table, [row])
+      }
+    }
+    let count = 0
+    const inserts: string[] = []
+    const parameters: unknown[] = []
+    for (const [table, all] of rowsOf) {
+      const rows = table.key ? [...new Map(all.map(row => [table.key?.(row), row])).values()] : all
+      count += rows.length
+      inserts.push(insertStatement(table, parameters.length))
+      table.columns.forEach((_, column) => {
+        parameters.push(rows.map(row => row[column]))
+      })
+    }
+    if (inserts.length === 0) return 0
+    // One statement is one transaction and one round trip.
+    const last = inserts.pop()
+    const before = inserts.map((insert, index) => `w${index} as (${insert})`)
+    await options.pool.query(`${before.length ? `with ${before.join(', ')} ` : ''}${last}`, parameters)
+    return count
+  }
+
+  /** One bad row must not take its neighbours down. */
+  async function commitOneByOne(batch: readonly Append[]): Promise<void> {
+    for (const append of batch) {
+      try {
+        await commit([append])
+        append.resolve()
+      } catch (error) {
+        if (isDatabaseOutage(error)) {
+          await postpone([append], error)
+          continue
+        }
+        options.log.error({ err: error }, 'a journal entry was refused by the database')
+        append.reject(error)
+      }
+    }
+  }
+
+  async function postpone(batch: readonly Append[], error: unknown): Promise<void> {
+    options.log.warn({ err: error, appends: batch.length }, 'the journal can not be written')
+    const unavailable = new Fault('UNAVAILABLE', 'AUDIT_UNAVAILABLE', 'the audit log can not be written; try again', {
+      retryAfterMs: retryMs,
+      cause: error,
+    })
+    const kept = batch.filter(append => append.persistent)
+    for (const append of batch) if (!append.persistent) append.reject(unavailable)
+    if (kept.length === 0) return
+    queue.unshift(...kept)
+    // Whoever waits for an answer meanwhile hears at once that there is none.
+    for (let at = queue.length - 1; at >= 0; at--) {
+      if (!queue[at]?.persistent) for (const append of queue.splice(at, 1)) append.reject(unavailable)
+    }
+    await new Promise(resolve => setTimeout(resolve, retryMs))
+  }
+
+  return {
+    append(entries) {
+      if (queue.length >= queuedAppendsMax) {
+        const full = new Fault('UNAVAILABLE', 'AUDIT_BEHIND', 'the audit log is behind; try again', {
+          retryAfterMs: retryMs,
+        })
+        return Promise.reject(full)
+      }
+      return new Promise((resolve, reject) => enqueue({ entries, resolve, reject, persistent: false }))
+    },
+    appendLater(entries) {
+      enqueue({ entries, resolve: () => {}, reject: () => {}, persistent: true })
+    },
+    async drained() {
+      await flushing
+    },
+  }
+}
+
+function insertStatement(table: JournalTable, parametersBefore: number): string {
+  const names = table.columns.map(column => column.name).join(', ')
+  // JSON travels as text: an array of documents would be taken for one.
+  const arrays = table.columns.map(
+    ({ type }, at) => `$${parametersBefore + at + 1}::${type === 'jsonb' ? 'text' : type}[]`,
+  )
+  const values = table.columns.map(({ name, type }) => (type === 'jsonb' ? `${name}::jsonb` : name))
+  return `insert into ${table.name} (${names}) select ${values.join(', ')} from unnest(${arrays.join(', ')}) as t(${names}) ${table.onConflict ?? ''}`
+}
+
+export const auditEventsTable: JournalTable = {
+  name: 'audit_events',
+  columns: [
+    { name: 'at', type: 'timestamptz' },
+    { name: 'id', type: 'uuid' },
+    { name: 'actor', type: 'text' },
+    { name: 'method', type: 'text' },
+    { name: 'target', type: 'text' },
+    { name: 'source_address', type: 'text' },
+    { name: 'code', type: 'text' },
+    { name: 'reason', type: 'text' },
+    { name: 'detail', type: 'jsonb' },
+    { name: 'instance_id', type: 'text' },
+  ],
+}
+
+/** How a call ended: the canonical gRPC code, and the stable reason where it is not OK. */
+export type CallOutcome = { code: string; reason?: string }
+
+/** The audit event of a call, for `Journal.append`. */
+export function callEntry(call: Call, outcome: CallOutcome): JournalEntry {
+  const { audit } = call
+  return {
+    table: auditEventsTable,
+    row: [
+      new Date(call.startedAt),
+      randomUUIDv7(),
+      callerName(call.caller),
+      call.method,
+      audit.target,
+      call.address,
+      outcome.code,
+      outcome.reason ?? '',
+      JSON.stringify(audit.detail),
+      call.instanceId,
+    ],
+  }
+}
+
+/** Writes the audit event of a call in the transaction that does what it asks for: both happen, or neither. */
+export async function recordCall(em: EntityManager, call: Call, outcome: CallOutcome): Promise<void> {
+  em.persist(
+    em.create(AuditEvent, {
+      at: new Date(call.startedAt),
+      id: randomUUIDv7(),
+      actor: callerName(call.caller),
+      method: call.method,
+      target: call.audit.target,
+      sourceAddress: call.address,
+      code: outcome.code,
+      reason: outcome.reason ?? '',
+      detail: call.audit.detail,
+      instanceId: call.instanceId,
+    }),
+  )
+  await em.flush()
+  call.audit.written = true
+}

@@ -1,0 +1,38 @@
+/** Counts of the fleet for the metrics, taken from the database every few seconds, not with every scrape. */
+import type pg from 'pg'
+import type { Log } from '../telemetry/log.ts'
+
+export type Census = {
+  devicesByStatus(): ReadonlyMap<string, number>
+  /** Active devices whose posture misses the requirements, is stale, or was never reported. */
+  unhealthyDevices(): number
+  stop(): void
+}
+
+const intervalMs = 5_000
+
+export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; log: Log }): Promise<Census> {
+  const { pool, maxAgeMs, log } = options
+  let byStatus = new Map<string, number>()
+  let unhealthy = 0
+
+  async function count(): Promise<void> {
+    const { rows } = await pool.query<{ status: string; devices: number; unhealthy: number }>(
+      `select d.status, count(*)::int as devices,
+         (count(*) filter (where d.status = 'active' and (p.device_id is null or p.failing <> '[]'
+           or p.measured_at < now() - make_interval(secs => $1))))::int as unhealthy
+       from devices d left join device_postures p on p.device_id = d.id group by d.status`,
+      [maxAgeMs / 1_000],
+    )
+    const none = new Map(['pending', 'active', 'quarantined', 'revoked'].map(status => [status, 0]))
+    byStatus = new Map([...none, ...rows.map(row => [row.status, row.devices] as const)])
+    unhealthy = rows.reduce((sum, row) => sum + row.unhealthy, 0)
+  }
+
+  await count()
+  const timer = setInterval(() => {
+    count().catch(error => log.debug({ err: error }, 'devices can not be counted now'))
+  }, intervalMs)
+  timer.unref()
+  return { devicesByStatus: () => byStatus, unhealthyDevices: () => unhealthy, stop: () => clearInterval(timer) }
+}

@@ -1,0 +1,57 @@
+/** What the fleet keeps: devices, their latest posture, and the history of their reports. */
+import { defineEntity, type InferEntity, p } from '@mikro-orm/core'
+import type { PostureValues } from './posture.ts'
+
+export type DeviceTypeName = 'laptop' | 'server' | 'iot' | 'gateway' | 'unspecified'
+export type DeviceStatusName = 'pending' | 'active' | 'quarantined' | 'revoked'
+
+export const Device = defineEntity({
+  name: 'Device',
+  tableName: 'devices',
+  properties: {
+    id: p.text().primary(),
+    type: p.text().$type<DeviceTypeName>(),
+    os: p.text(),
+    osVersion: p.text(),
+    labels: p.json<Record<string, string>>(),
+    status: p.text().$type<DeviceStatusName>(),
+    statusReason: p.text().default(''),
+    spiffeId: p.text(),
+    /** The key that enrolled; another key can't take over the id. */
+    publicKeySha256: p.text(),
+    enrolledAt: p.datetime(),
+    updatedAt: p.datetime(),
+  },
+})
+export type Device = InferEntity<typeof Device>
+
+/** The newest posture of a device: one row a device, rewritten by every batch of heartbeats. */
+export const DevicePosture = defineEntity({
+  name: 'DevicePosture',
+  tableName: 'device_postures',
+  properties: {
+    deviceId: p.text().primary(),
+    posture: p.json<PostureValues>(),
+    /** Names of the requirements that it misses. */
+    failing: p.json<string[]>(),
+    measuredAt: p.datetime(),
+    receivedAt: p.datetime(),
+  },
+})
+export type DevicePosture = InferEntity<typeof DevicePosture>
+
+/** One acknowledged heartbeat. Partitioned by day of `receivedAt`. */
+export const HealthReport = defineEntity({
+  name: 'HealthReport',
+  tableName: 'health_reports',
+  properties: {
+    receivedAt: p.datetime().primary(),
+    deviceId: p.text().primary(),
+    sequence: p.bigint('number').primary(),
+    posture: p.json<PostureValues>(),
+    measuredAt: p.datetime(),
+  },
+})
+export type HealthReport = InferEntity<typeof HealthReport>
+
+export const fleetEntities = [Device, DevicePosture, HealthReport]

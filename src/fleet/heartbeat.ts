@@ -1,0 +1,159 @@
+/**
+ * Heartbeat: one stream a device, on which it says how it is and hears what to do.
+ *
+ * A message's life: identity of the connection → limit → merge into what the stream has said before → durable, together
+ * with hundreds of others → acknowledged, with the next interval and what the device should do. If what policy can see
+ * of the device has changed, every instance hears of it with the commit, and its connections are decided anew.
+ */
+import type { Call } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import { Fault, invalidField } from '../fault.ts'
+import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
+import type { MessageStream } from '../message-stream.ts'
+import {
+  checkPosture,
+  failingPosture,
+  measuredAtMs,
+  mergePosture,
+  type PostureRequirements,
+  type PostureValues,
+  postureGround,
+} from './posture.ts'
+import type { ReportWriter } from './report-writer.ts'
+
+export type HeartbeatDeps = {
+  writer: ReportWriter
+  requirements: () => Promise<PostureRequirements>
+  deviceStatus: (deviceId: string) => Promise<{ status: string; reason: string }>
+  policyRevision: () => string
+  /** @throws Fault RESOURCE_EXHAUSTED when the device reports too often */
+  limit: (deviceId: string) => Promise<void>
+  intervalMs: number
+  maxAgeMs: number
+  certValidityMs: number
+  clock: Clock
+  random: () => number
+  onHeartbeat: () => void
+}
+
+export type Heartbeats = {
+  serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void>
+  /** Asks every device to open its stream elsewhere, spread over `spreadMs` so that they don't arrive at once. */
+  askToReconnect(spreadMs: number): void
+}
+
+const openConnectionIdsMax = 1_024
+/** Share of the interval by which it varies, to either side. */
+const jitterShare = 0.15
+
+/** What one stream has said so far. */
+type Said = { sequence: number; posture: PostureValues | undefined; ground: string; receivedAtMs: number }
+
+export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
+  const streams = new Set<MessageStream<HeartbeatRequest, HeartbeatResponse>>()
+
+  async function serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void> {
+    const { caller } = call
+    if (caller.kind !== 'device') throw new Error('the method is for devices only')
+    const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0 }
+    const told = { revision: deps.policyRevision() }
+    call.audit.target = `device/${caller.id}`
+    streams.add(stream)
+    try {
+      await stream.receive(async request => {
+        await deps.limit(caller.id)
+        const receivedAtMs = deps.clock()
+        const requirements = await deps.requirements()
+        const { posture, announce } = merge(said, request, requirements, receivedAtMs)
+        const failing = failingPosture(posture, requirements)
+        await deps.writer.write({
+          deviceId: caller.id,
+          sequence: request.sequence,
+          posture,
+          failing,
+          measuredAtMs: request.posture ? measuredAtMs(request.posture, request.sentAt, receivedAtMs) : receivedAtMs,
+          receivedAtMs,
+          announce,
+        })
+        deps.onHeartbeat()
+        stream.send(await acknowledge(request.sequence, failing, call, told))
+      })
+    } finally {
+      streams.delete(stream)
+    }
+  }
+
+  /** Takes a message into what the stream has said. @throws Fault INVALID_ARGUMENT that names the field */
+  function merge(said: Said, request: HeartbeatRequest, requirements: PostureRequirements, receivedAtMs: number) {
+    if (request.sequence <= said.sequence) {
+      throw invalidField('sequence', `has to be greater than the one before, ${said.sequence}`)
+    }
+    if (request.openConnectionIds.length > openConnectionIdsMax) {
+      throw invalidField('open_connection_ids', `has to have at most ${openConnectionIdsMax} entries`)
+    }
+    if (!request.posture && !said.posture) {
+      throw invalidField('posture', "is missing: a stream's first message carries the whole posture")
+    }
+    if (request.posture) checkPosture(request.posture)
+    const posture = request.posture ? mergePosture(said.posture, request.posture) : (said.posture as PostureValues)
+    const ground = postureGround(posture, failingPosture(posture, requirements))
+    const wasStale = receivedAtMs - said.receivedAtMs >= deps.maxAgeMs
+    const announce = wasStale || ground !== said.ground
+    said.sequence = request.sequence
+    said.posture = posture
+    said.ground = ground
+    said.receivedAtMs = receivedAtMs
+    return { posture, announce }
+  }
+
+  async function acknowledge(
+    sequence: number,
+    failing: string[],
+    call: Call,
+    told: { revision: string },
+  ): Promise<HeartbeatResponse> {
+    const { caller } = call
+    if (caller.kind !== 'device') throw new Fault('PERMISSION_DENIED', 'WRONG_CALLER', 'this is for devices')
+    const directives: Directive[] = []
+    const now = deps.clock()
+    if (caller.notAfter - now < deps.certValidityMs / 3) {
+      directives.push({ kind: { $case: 'renewCertificate', value: {} } })
+    }
+    const revision = deps.policyRevision()
+    if (revision !== told.revision) {
+      told.revision = revision
+      directives.push({ kind: { $case: 'policyChanged', value: { revision } } })
+    }
+    const { status, reason } = await deps.deviceStatus(caller.id)
+    if (status === 'quarantined') directives.push({ kind: { $case: 'quarantined', value: { reason } } })
+    const jittered = deps.intervalMs * (1 + jitterShare * (2 * deps.random() - 1))
+    return {
+      acknowledgedSequence: sequence,
+      nextInterval: durationOf(jittered),
+      directives,
+      serverTime: new Date(now),
+      failingPosture: failing,
+    }
+  }
+
+  return {
+    serve,
+    askToReconnect(spreadMs) {
+      for (const stream of streams) {
+        const delay = durationOf(deps.random() * spreadMs)
+        stream.send({
+          acknowledgedSequence: 0,
+          nextInterval: undefined,
+          directives: [{ kind: { $case: 'reconnect', value: { delay } } }],
+          serverTime: new Date(deps.clock()),
+          failingPosture: [],
+        })
+      }
+    },
+  }
+}
+
+function durationOf(ms: number): { seconds: number; nanos: number } {
+  const seconds = Math.floor(ms / 1_000)
+  return { seconds, nanos: Math.round((ms - seconds * 1_000) * 1e6) }
+}

@@ -1,0 +1,93 @@
+/**
+ * From a checked key to a certificate, in the order that keeps every certificate on record: its serial is reserved in
+ * the transaction that allows it, then it is signed, then its fingerprint is noted. A crash in between leaves a serial
+ * that nobody holds, never a certificate that nobody knows.
+ */
+import type { Clock } from '../clock.ts'
+import type { Database, EntityManager } from '../db/orm.ts'
+import type { Authority } from './certificate-authority.ts'
+import { type IssuedCertificate, newSerial } from './certificates.ts'
+import type { CheckedCsr } from './csr.ts'
+import { Certificate } from './entities.ts'
+import { formatSpiffeId, type SpiffeKind } from './spiffe-id.ts'
+
+/** Clocks of devices run behind: a certificate is valid from a little before it was made. */
+const backdateMs = 5 * 60_000
+
+export type Issuance = {
+  /** Reserves a serial in the transaction of `em`. */
+  reserve(em: EntityManager, subject: Subject, key: CheckedCsr, validityMs: number): Reservation
+  /** Signs what has been reserved, once that transaction has committed. */
+  sign(reservation: Reservation): Promise<IssuedCertificate>
+}
+
+export type Subject = {
+  kind: SpiffeKind
+  id: string
+  /** An operator's role. */
+  role?: string
+  /** Names of a server; with them the certificate is one for servers, without it is one for clients. */
+  server?: { dnsNames: string[]; ipAddresses: string[] }
+}
+
+export type Reservation = { subject: Subject; key: CheckedCsr; serial: string; notBefore: Date; notAfter: Date }
+
+export function createIssuance(options: {
+  db: Database
+  authority: Authority
+  trustDomain: string
+  crlUrl: string | undefined
+  clock: Clock
+}): Issuance {
+  const { db, authority, trustDomain, crlUrl, clock } = options
+  return {
+    reserve(em, subject, key, validityMs) {
+      const now = clock()
+      const reservation = {
+        subject,
+        key,
+        serial: newSerial(),
+        notBefore: new Date(now - backdateMs),
+        // A leaf never outlives its issuer.
+        notAfter: new Date(Math.min(now + validityMs, authority.issuer.notAfter.getTime())),
+      }
+      em.persist(
+        em.create(Certificate, {
+          serial: reservation.serial,
+          subjectKind: subject.kind,
+          subjectId: subject.id,
+          publicKeySha256: key.publicKeySha256,
+          notBefore: reservation.notBefore,
+          notAfter: reservation.notAfter,
+          createdAt: new Date(now),
+        }),
+      )
+      return reservation
+    },
+    async sign({ subject, key, serial, notBefore, notAfter }) {
+      const certificate = authority.issueLeaf({
+        serial: Buffer.from(serial, 'hex'),
+        spki: key.spki,
+        spiffeId: formatSpiffeId({ trustDomain, kind: subject.kind, id: subject.id }),
+        purpose: subject.server ? 'server' : 'client',
+        commonName: subject.id,
+        organizationalUnit: subject.role,
+        notBefore,
+        notAfter,
+        dnsNames: subject.server?.dnsNames,
+        ipAddresses: subject.server?.ipAddresses,
+        crlUrl,
+      })
+      await db.pool.query('update certificates set fingerprint_sha256 = $2 where serial = $1', [
+        serial,
+        certificate.fingerprintSha256,
+      ])
+      return certificate
+    },
+  }
+}
+
+/** When to renew: two thirds into the life of the certificate. */
+export function renewAfter({ notBefore, notAfter }: { notBefore: Date; notAfter: Date }): Date {
+  return new Date(notBefore.getTime() + ((notAfter.getTime() - notBefore.getTime()) * 2) / 3)
+}

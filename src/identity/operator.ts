@@ -1,0 +1,35 @@
+/**
+ * Operators' certificates, issued by who holds the database and the authority's passphrase: the first operator can't
+ * be made over the wire, because who would be allowed to?
+ */
+import type { Database } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
+import type { Authority } from './certificate-authority.ts'
+import { checkCsr } from './csr.ts'
+import type { Issuance } from './issuance.ts'
+import { isSafeId } from './spiffe-id.ts'
+
+/** @returns the certificate and what is above it, PEM, and the roots to trust */
+export async function issueOperator(
+  deps: { db: Database; authority: Authority; issuance: Issuance },
+  operator: { name: string; role: string; csr: Uint8Array; validityMs: number },
+): Promise<{ certificatePem: string; rootsPem: string; notAfter: Date }> {
+  for (const field of ['name', 'role'] as const) {
+    if (isSafeId(operator[field])) continue
+    const description = 'has to be 1 to 64 lower-case letters, digits, ".", "_" or "-"'
+    throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', `${field} ${description}`, {
+      violations: [{ field, description }],
+    })
+  }
+  const key = checkCsr(operator.csr)
+  const subject = { kind: 'operator' as const, id: operator.name, role: operator.role }
+  const reservation = await deps.db
+    .em()
+    .transactional(async em => deps.issuance.reserve(em, subject, key, operator.validityMs))
+  const certificate = await deps.issuance.sign(reservation)
+  return {
+    certificatePem: [certificate.pem, ...deps.authority.intermediates].join(''),
+    rootsPem: deps.authority.roots.join(''),
+    notAfter: certificate.notAfter,
+  }
+}

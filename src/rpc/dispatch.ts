@@ -1,0 +1,367 @@
+/**
+ * The life of every call, whatever it asks for:
+ *
+ * 1. the peer of its connection, read when the connection was made
+ * 2. whether the method may be called by such a peer, and whether its certificate still stands
+ * 3. for operators: whether policy lets their role do this
+ * 4. the handler
+ * 5. the audit event, on disk before the answer leaves
+ * 6. the answer, or a status that says what was wrong
+ */
+
+import type { EventEmitter } from 'node:events'
+import {
+  type handleBidiStreamingCall,
+  type handleServerStreamingCall,
+  type handleUnaryCall,
+  type MethodDefinition,
+  type Server,
+  type ServerDuplexStream,
+  type ServerUnaryCall,
+  type ServerWritableStream,
+  type ServiceDefinition,
+  status,
+  type UntypedHandleCall,
+} from '@grpc/grpc-js'
+import { callEntry, type Journal } from '../audit/journal.ts'
+import type { Call, Identified } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import { Fault } from '../fault.ts'
+import type { MessageStream } from '../message-stream.ts'
+import type { Log } from '../telemetry/log.ts'
+import { callerOf, demandIdentity, type Peer } from './peer.ts'
+import { faultOf, type InternalError, statusOf } from './status.ts'
+
+/** Who may call a method. `anyone`: no certificate is needed. */
+export type Access = 'anyone' | 'identified' | 'device' | 'operator' | 'device, operator or service'
+
+export type MethodHandler =
+  // biome-ignore lint/suspicious/noExplicitAny: the messages' types are checked where a service's handlers are given
+  | { kind: 'unary'; access: Access; handle: (request: any, call: Call) => Promise<unknown> }
+  // biome-ignore lint/suspicious/noExplicitAny: as above
+  | { kind: 'serverStream'; access: Access; handle: (request: any, call: Call) => AsyncIterable<unknown> }
+  // biome-ignore lint/suspicious/noExplicitAny: as above
+  | { kind: 'bidi'; access: Access; handle: (stream: MessageStream<any, any>, call: Call) => Promise<void> }
+  /** Others' handlers (health, reflection): admitted like ours, not audited. */
+  | { kind: 'foreign'; access: Access; handle: UntypedHandleCall }
+
+export type Dispatch = {
+  /** Adds a service. Methods without a handler answer UNIMPLEMENTED, to those who may call the service at all. */
+  add(definition: ServiceDefinition, handlers: Record<string, MethodHandler>, unimplemented: Access): void
+  /** Ends all open calls of those callers with a fault. */
+  cut(concerns: (caller: Identified) => boolean, fault: Fault): void
+  /** Who has calls open; with `concerns`, only those named there as `<kind>:<id>`. One entry a certificate. */
+  callers(concerns?: ReadonlySet<string>): Identified[]
+  /** Open calls by method. */
+  streamsOpen(): Map<string, number>
+  /** Ends every open call, after the handlers have been told by `call.signal`. */
+  cutAll(fault: Fault): void
+}
+
+export type DispatchOptions = {
+  server: Server
+  peerAt: (address: string) => Peer | undefined
+  /** @throws Fault UNAUTHENTICATED when the certificate or its holder has been revoked */
+  demandStanding: (caller: Identified) => Promise<void>
+  /** @throws Fault PERMISSION_DENIED when policy does not let the operator call the method */
+  demandPermission: (caller: Identified, method: string) => Promise<void>
+  journal: Journal
+  instanceId: string
+  clock: Clock
+  log: Log
+  onCall: (method: string, code: string) => void
+}
+
+/** Messages of one stream that are being worked on; the stream is not read beyond that. */
+const messagesUnderWayMax = 32
+/** Messages waiting for a client that does not read; more end its stream. */
+const messagesUnreadMax = 1_024
+
+/** What stands in for a message that is not what its method takes. */
+const malformed = Symbol('malformed message')
+
+type OpenCall = { call: Call; cut: (fault: Fault) => void }
+
+type AnyCall =
+  | ServerUnaryCall<unknown, unknown>
+  | ServerWritableStream<unknown, unknown>
+  | ServerDuplexStream<unknown, unknown>
+
+export function createDispatch(options: DispatchOptions): Dispatch {
+  const { server, journal, clock, log, instanceId } = options
+  const open = new Set<OpenCall>()
+
+  /** Steps 1 to 3. */
+  async function admit(peer: Peer, call: Call, access: Access): Promise<void> {
+    if (access === 'anyone') return
+    const caller = demandIdentity(peer, call.startedAt)
+    call.caller = caller
+    await options.demandStanding(caller)
+    if (access !== 'identified' && !access.includes(caller.kind)) {
+      throw new Fault('PERMISSION_DENIED', 'WRONG_CALLER', `this is for a ${access}, not for a ${caller.kind}`)
+    }
+    if (access === 'operator') await options.demandPermission(caller, call.method)
+  }
+
+  function begin(grpcCall: AnyCall, method: string): { peer: Peer; call: Call; opened: OpenCall } {
+    const abort = new AbortController()
+    const peer = options.peerAt(grpcCall.getPeer()) ?? gonePeer
+    const startedAt = clock()
+    const call: Call = {
+      caller: callerOf(peer, startedAt),
+      address: peer.address,
+      method,
+      startedAt,
+      instanceId,
+      signal: abort.signal,
+      audit: { target: '', detail: {}, written: false },
+    }
+    const opened: OpenCall = { call, cut: fault => abort.abort(fault) }
+    open.add(opened)
+    // The three kinds of call are all emitters, but share no overload of `on`.
+    ;(grpcCall as EventEmitter).on('cancelled', () =>
+      abort.abort(new Fault('ABORTED', 'CANCELLED', 'the caller has gone')),
+    )
+    return { peer, call, opened }
+  }
+
+  /** Step 5 for a call that went well. */
+  async function auditSuccess(call: Call): Promise<void> {
+    if (!call.audit.written) await journal.append([callEntry(call, { code: 'OK' })])
+    options.onCall(call.method, 'OK')
+  }
+
+  /** Steps 5 and 6 for one that did not: even a refusal is not answered before it is on record. */
+  async function auditFailure(call: Call, error: unknown): Promise<Fault | InternalError> {
+    let fault = faultOf(error, log)
+    try {
+      // What could not be written a moment ago needn't hold up the refusal a second time.
+      const entry = callEntry(call, { code: fault.code, reason: fault.reason })
+      if (fault.code === 'UNAVAILABLE') journal.appendLater([entry])
+      else await journal.append([entry])
+    } catch (auditError) {
+      fault = faultOf(auditError, log)
+    }
+    options.onCall(call.method, fault.code)
+    return fault
+  }
+
+  function unary(method: string, { access, handle }: Extract<MethodHandler, { kind: 'unary' }>) {
+    const serve: handleUnaryCall<unknown, unknown> = async (grpcCall, callback) => {
+      const { peer, call, opened } = begin(grpcCall, method)
+      try {
+        await admit(peer, call, access)
+        const response = await handle(wellFormed(grpcCall.request), call)
+        await auditSuccess(call)
+        callback(null, response)
+      } catch (error) {
+        callback(statusOf(await auditFailure(call, error)))
+      } finally {
+        open.delete(opened)
+      }
+    }
+    return serve
+  }
+
+  function serverStream(method: string, { access, handle }: Extract<MethodHandler, { kind: 'serverStream' }>) {
+    const serve: handleServerStreamingCall<unknown, unknown> = async (
+      grpcCall: ServerWritableStream<unknown, unknown>,
+    ) => {
+      const { peer, call, opened } = begin(grpcCall, method)
+      try {
+        await admit(peer, call, access)
+        for await (const response of handle(wellFormed(grpcCall.request), call)) {
+          if (call.signal.aborted) throw call.signal.reason
+          await auditSuccess(call)
+          call.audit.written = true
+          grpcCall.write(response)
+        }
+        grpcCall.end()
+      } catch (error) {
+        grpcCall.emit('error', statusOf(await auditFailure(call, error)))
+      } finally {
+        open.delete(opened)
+      }
+    }
+    return serve
+  }
+
+  function bidi(method: string, { access, handle }: Extract<MethodHandler, { kind: 'bidi' }>) {
+    const serve: handleBidiStreamingCall<unknown, unknown> = async grpcCall => {
+      const { peer, call, opened } = begin(grpcCall, method)
+      try {
+        await admit(peer, call, access)
+        call.audit.detail = { stream: 'opened' }
+        await journal.append([callEntry(call, { code: 'OK' })])
+        await handle(messageStream(grpcCall, call), call)
+        journal.appendLater([callEntry({ ...call, startedAt: clock() }, { code: 'OK', reason: 'STREAM_ENDED' })])
+        options.onCall(method, 'OK')
+        grpcCall.end()
+      } catch (error) {
+        if (grpcCall.cancelled) {
+          journal.appendLater([
+            callEntry({ ...call, startedAt: clock() }, { code: 'CANCELLED', reason: 'STREAM_LOST' }),
+          ])
+          options.onCall(method, 'CANCELLED')
+        } else {
+          grpcCall.emit('error', statusOf(await auditFailure(call, error)))
+        }
+      } finally {
+        open.delete(opened)
+      }
+    }
+    return serve
+  }
+
+  function foreign(method: string, { access, handle }: Extract<MethodHandler, { kind: 'foreign' }>): UntypedHandleCall {
+    // biome-ignore lint/suspicious/noExplicitAny: the four shapes of a gRPC handler have no type in common
+    return (grpcCall: any, callback: any) => {
+      const { peer, call, opened } = begin(grpcCall, method)
+      open.delete(opened)
+      admit(peer, call, access).then(
+        // biome-ignore lint/suspicious/noExplicitAny: as above
+        () => (handle as any)(grpcCall, callback),
+        async error => {
+          const refusal = statusOf(await auditFailure(call, error))
+          if (callback) callback(refusal)
+          else grpcCall.emit('error', refusal)
+        },
+      )
+    }
+  }
+
+  function serverHandler(method: string, handler: MethodHandler): UntypedHandleCall {
+    switch (handler.kind) {
+      case 'unary':
+        return unary(method, handler)
+      case 'serverStream':
+        return serverStream(method, handler)
+      case 'bidi':
+        return bidi(method, handler)
+      case 'foreign':
+        return foreign(method, handler)
+    }
+  }
+
+  return {
+    add(definition, handlers, unimplemented) {
+      const tolerant: Record<string, MethodDefinition<unknown, unknown>> = {}
+      const implementation: Record<string, UntypedHandleCall> = {}
+      for (const [name, method] of Object.entries(definition)) {
+        tolerant[name] = { ...method, requestDeserialize: tolerantly(method.requestDeserialize) }
+        implementation[name] = serverHandler(method.path, handlers[name] ?? notImplemented(method, unimplemented))
+      }
+      server.addService(tolerant, implementation)
+    },
+    cut(concerns, fault) {
+      for (const { call, cut } of open) {
+        if (call.caller.kind !== 'anonymous' && concerns(call.caller)) cut(fault)
+      }
+    },
+    callers(concerns) {
+      const found = new Map<string, Identified>()
+      for (const { call } of open) {
+        const { caller } = call
+        if (caller.kind === 'anonymous') continue
+        if (!concerns || concerns.has(`${caller.kind}:${caller.id}`)) found.set(caller.serial, caller)
+      }
+      return [...found.values()]
+    },
+    cutAll(fault) {
+      for (const { cut } of open) cut(fault)
+    },
+    streamsOpen() {
+      const counts = new Map<string, number>()
+      for (const { call } of open) counts.set(call.method, (counts.get(call.method) ?? 0) + 1)
+      return counts
+    },
+  }
+}
+
+const gonePeer: Peer = {
+  address: '',
+  identity: { refused: 'CERTIFICATE_MISSING', message: 'the connection has gone' },
+}
+
+/** grpc-js would answer INTERNAL for bytes that are no message; the caller is told that it is the caller's mistake. */
+function tolerantly(deserialize: (bytes: Buffer) => unknown): (bytes: Buffer) => unknown {
+  return bytes => {
+    try {
+      return deserialize(bytes)
+    } catch {
+      return malformed
+    }
+  }
+}
+
+function wellFormed(message: unknown): unknown {
+  if (message !== malformed) return message
+  const description = 'is not a message of the type that this method takes'
+  throw new Fault('INVALID_ARGUMENT', 'MALFORMED_MESSAGE', `the request ${description}`, {
+    violations: [{ field: 'request', description }],
+  })
+}
+
+function notImplemented(method: MethodDefinition<unknown, unknown>, access: Access): MethodHandler {
+  const refuse = () => {
+    const name = method.path.slice(1)
+    throw new Fault('UNIMPLEMENTED', 'UNIMPLEMENTED', `${name} is not available in this version of EdgeMesh`)
+  }
+  if (!method.responseStream) return { kind: 'unary', access, handle: async () => refuse() }
+  return {
+    kind: 'serverStream',
+    access,
+    // biome-ignore lint/correctness/useYield: it refuses before the first
+    async *handle() {
+      refuse()
+    },
+  }
+}
+
+function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Call): MessageStream<unknown, unknown> {
+  return {
+    send(message) {
+      if (call.signal.aborted || grpcCall.writableEnded) return
+      grpcCall.write(message)
+    },
+    receive(onMessage) {
+      return new Promise((resolve, reject) => {
+        let underWay = 0
+        let ended = false
+        const fail = (error: unknown) => {
+          grpcCall.pause()
+          reject(error)
+        }
+        const done = () => {
+          underWay--
+          if (ended && underWay === 0) resolve()
+          else if (grpcCall.isPaused() && underWay < messagesUnderWayMax) grpcCall.resume()
+        }
+        if (call.signal.aborted) return fail(call.signal.reason)
+        call.signal.addEventListener('abort', () => fail(call.signal.reason), { once: true })
+        grpcCall.on('error', fail)
+        grpcCall.on('end', () => {
+          ended = true
+          if (underWay === 0) resolve()
+        })
+        grpcCall.on('data', message => {
+          if (grpcCall.writableLength > messagesUnreadMax) {
+            return fail(new Fault('RESOURCE_EXHAUSTED', 'NOT_READING', 'the answers on this stream are not being read'))
+          }
+          underWay++
+          if (underWay >= messagesUnderWayMax) grpcCall.pause()
+          try {
+            const pending = onMessage(wellFormed(message))
+            if (pending) pending.then(done, fail)
+            else done()
+          } catch (error) {
+            fail(error)
+          }
+        })
+      })
+    },
+  }
+}
+
+/** gRPC's name of a code, such as `NOT_FOUND`. */
+export const codeName = (code: number): string => status[code] ?? 'UNKNOWN'

@@ -1,0 +1,118 @@
+/** What the port serves: every method, who may call it, and where its story is told. */
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import type { Server, ServiceDefinition, UntypedServiceImplementation } from '@grpc/grpc-js'
+import { loadSync } from '@grpc/proto-loader'
+import { ReflectionService } from '@grpc/reflection'
+import { HealthImplementation, protoPath as healthProtoPath } from 'grpc-health-check'
+import type { createAuthorize, createCheck } from '../access/authorize.ts'
+import type { Call } from '../caller.ts'
+import type { Heartbeats } from '../fleet/heartbeat.ts'
+import { AdminServiceService } from '../gen/edgemesh/v1/admin.ts'
+import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
+import { EnrollServiceService } from '../gen/edgemesh/v1/enroll.ts'
+import { HeartbeatServiceService } from '../gen/edgemesh/v1/heartbeat.ts'
+import type { createEnroll } from '../identity/enroll.ts'
+import type { createRenew } from '../identity/renew.ts'
+import type { TrustBundleSource } from '../identity/trust-bundle.ts'
+import type { Access, Dispatch, MethodHandler } from './dispatch.ts'
+
+export type Handlers = {
+  enroll: ReturnType<typeof createEnroll>
+  renewCertificate: ReturnType<typeof createRenew>
+  trustBundle: TrustBundleSource
+  heartbeats: Heartbeats
+  check: ReturnType<typeof createCheck>
+  authorize: ReturnType<typeof createAuthorize>
+  /** By the names of the generated AdminServiceServer. */
+  admin: Record<string, (request: never, call: Call) => Promise<unknown>>
+}
+
+export type HealthStatus = { setServing(serving: boolean): void }
+
+const protoDirectory = join(dirname(fileURLToPath(import.meta.url)), '../../proto')
+const protoFiles = ['enroll', 'authorize', 'heartbeat', 'admin'].map(name => `edgemesh/v1/${name}.proto`)
+const serviceNames = ['Enroll', 'Authorize', 'Heartbeat', 'Admin'].map(name => `edgemesh.v1.${name}Service`)
+
+/** Adds all services to the dispatch. @returns what `grpc.health.v1` says */
+export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () => number): HealthStatus {
+  dispatch.add(
+    EnrollServiceService as unknown as ServiceDefinition,
+    {
+      enroll: { kind: 'serverStream', access: 'anyone', handle: handlers.enroll },
+      renewCertificate: { kind: 'unary', access: 'device', handle: handlers.renewCertificate },
+      getTrustBundle: {
+        kind: 'unary',
+        access: 'anyone',
+        handle: async () => ({
+          trustBundle: await handlers.trustBundle.current(),
+          serverTime: new Date(clock()),
+        }),
+      },
+    },
+    'identified',
+  )
+  dispatch.add(
+    HeartbeatServiceService as unknown as ServiceDefinition,
+    { heartbeat: { kind: 'bidi', access: 'device', handle: handlers.heartbeats.serve } },
+    'device',
+  )
+  dispatch.add(
+    AuthorizeServiceService as unknown as ServiceDefinition,
+    {
+      check: { kind: 'unary', access: 'device, operator or service', handle: handlers.check },
+      authorize: { kind: 'bidi', access: 'device', handle: handlers.authorize },
+    },
+    'device',
+  )
+  const admin: Record<string, MethodHandler> = {}
+  for (const [name, handle] of Object.entries(handlers.admin)) {
+    admin[name] = {
+      kind: 'unary',
+      access: 'operator',
+      handle: handle as (request: unknown, call: Call) => Promise<unknown>,
+    }
+  }
+  dispatch.add(AdminServiceService as unknown as ServiceDefinition, admin, 'operator')
+  addReflection(dispatch)
+  return addHealth(dispatch)
+}
+
+/** grpc.health.v1, for anyone: load balancers have no certificate. */
+function addHealth(dispatch: Dispatch): HealthStatus {
+  const names = ['', ...serviceNames]
+  const health = new HealthImplementation(Object.fromEntries(names.map(name => [name, 'NOT_SERVING'])))
+  health.addToServer(foreign(dispatch, 'anyone'))
+  return {
+    setServing(serving) {
+      for (const name of names) health.setStatus(name, serving ? 'SERVING' : 'NOT_SERVING')
+    },
+  }
+}
+
+function addReflection(dispatch: Dispatch): void {
+  const includeDirs = [protoDirectory, dirname(healthProtoPath), wellKnownTypes()]
+  const definitions = loadSync([...protoFiles, healthProtoPath], { includeDirs, keepCase: true })
+  new ReflectionService(definitions).addToServer(foreign(dispatch, 'identified'))
+}
+
+/** protobufjs carries google.protobuf's own files; proto-loader looks for them by path. */
+function wellKnownTypes(): string {
+  return dirname(createRequire(import.meta.url).resolve('protobufjs/package.json'))
+}
+
+/** Others' services come to the server through our dispatch, so that they are admitted like ours. */
+function foreign(dispatch: Dispatch, access: Access): Server {
+  const recipient = {
+    addService(definition: ServiceDefinition, implementation: UntypedServiceImplementation) {
+      const handlers: Record<string, MethodHandler> = {}
+      for (const [name, method] of Object.entries(definition)) {
+        const handle = implementation[name] ?? implementation[method.originalName ?? '']
+        if (handle) handlers[name] = { kind: 'foreign', access, handle: handle.bind(implementation) as typeof handle }
+      }
+      dispatch.add(definition, handlers, access)
+    },
+  }
+  return recipient as unknown as Server
+}

@@ -1,0 +1,63 @@
+/** How an error becomes what the caller sees: a canonical code, one sentence, and `google.rpc` details (AIP-193). */
+import { randomBytes } from 'node:crypto'
+import { Metadata, type StatusObject, status } from '@grpc/grpc-js'
+import { isDatabaseOutage } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
+import { BadRequest, ErrorInfo, RetryInfo } from '../gen/google/rpc/error_details.ts'
+import { Status } from '../gen/google/rpc/status.ts'
+import type { Log } from '../telemetry/log.ts'
+
+const errorDomain = 'edgemesh.v1'
+const databaseRetryMs = 1_000
+
+/**
+ * The fault that the caller is told of. A fault is told as it is; an outage of the database is UNAVAILABLE; everything
+ * else is a bug, logged whole under an id, of which the caller sees nothing but that id.
+ */
+export function faultOf(error: unknown, log: Log): Fault | InternalError {
+  if (error instanceof Fault) return error
+  if (isDatabaseOutage(error)) {
+    log.warn({ err: error }, 'database unavailable')
+    return new Fault('UNAVAILABLE', 'DATABASE_UNAVAILABLE', 'the database can not be reached now; try again', {
+      retryAfterMs: databaseRetryMs,
+    })
+  }
+  const id = randomBytes(6).toString('hex')
+  log.error({ err: error, errorId: id }, 'a call failed')
+  return { code: 'INTERNAL', reason: 'INTERNAL', message: `internal error; the log has it under ${id}` }
+}
+
+export type InternalError = { code: 'INTERNAL'; reason: 'INTERNAL'; message: string }
+
+/** The gRPC status with its details in `grpc-status-details-bin`. */
+export function statusOf(fault: Fault | InternalError): StatusObject {
+  const code = status[fault.code]
+  const metadata = new Metadata()
+  const details = [
+    packed('google.rpc.ErrorInfo', ErrorInfo, {
+      reason: fault.reason,
+      domain: errorDomain,
+      metadata: fault instanceof Fault ? fault.metadata : {},
+    }),
+  ]
+  if (fault instanceof Fault && fault.violations.length > 0) {
+    const fieldViolations = fault.violations.map(violation => ({
+      reason: '',
+      localizedMessage: undefined,
+      ...violation,
+    }))
+    details.push(packed('google.rpc.BadRequest', BadRequest, { fieldViolations }))
+  }
+  if (fault instanceof Fault && fault.retryAfterMs !== undefined) {
+    const seconds = Math.floor(fault.retryAfterMs / 1_000)
+    const nanos = Math.round((fault.retryAfterMs % 1_000) * 1e6)
+    details.push(packed('google.rpc.RetryInfo', RetryInfo, { retryDelay: { seconds, nanos } }))
+  }
+  const encoded = Status.encode({ code, message: fault.message, details }).finish()
+  metadata.set('grpc-status-details-bin', Buffer.from(encoded))
+  return { code, details: fault.message, metadata }
+}
+
+function packed<T>(type: string, codec: { encode(message: T): { finish(): Uint8Array } }, message: T) {
+  return { typeUrl: `type.googleapis.com/${type}`, value: Buffer.from(codec.encode(message).finish()) }
+}

@@ -1,0 +1,452 @@
+/**
+ * The composition root: starts every part in order, hands each what it needs, stops all in reverse.
+ *
+ *     const server = await startServer({ settings: readSettings(process.env), log })
+ *     …
+ *     await server.stop()
+ */
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { Server } from '@grpc/grpc-js'
+import { createAuthorize, createCheck, revocationEntry } from './access/authorize.ts'
+import { createDecider } from './access/decide.ts'
+import { accessEntities } from './access/entities.ts'
+import { createFacts } from './access/facts.ts'
+import { keepInstanceRecord } from './access/instances.ts'
+import { createLeases } from './access/leases.ts'
+import type { PolicyEngine } from './access/policy-engine.ts'
+import { startOpaPolicy } from './access/policy-server.ts'
+import { startWasmPolicy } from './access/policy-wasm.ts'
+import { adminHandlers } from './admin/admin-service.ts'
+import { permissionDemand } from './admin/permission.ts'
+import { auditEntities } from './audit/entities.ts'
+import { startJournal } from './audit/journal.ts'
+import { type Clock, systemClock } from './clock.ts'
+import { startChangeFeed } from './db/change-feed.ts'
+import { startEmbeddedPostgres } from './db/embedded.ts'
+import { type Database, openDatabase } from './db/orm.ts'
+import { maintainPartitions } from './db/partitions.ts'
+import { Fault } from './fault.ts'
+import { startCensus } from './fleet/census.ts'
+import { fleetEntities } from './fleet/entities.ts'
+import { createHeartbeats } from './fleet/heartbeat.ts'
+import { startReportWriter } from './fleet/report-writer.ts'
+import { openStoredAuthority } from './identity/authority-store.ts'
+import type { Authority } from './identity/certificate-authority.ts'
+import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
+import { identityEntities } from './identity/entities.ts'
+import { createIssuance } from './identity/issuance.ts'
+import { issueOperator } from './identity/operator.ts'
+import { createRenew } from './identity/renew.ts'
+import { keepServerCertificate } from './identity/server-certificate.ts'
+import { createStanding } from './identity/standing.ts'
+import { createTrustBundleSource } from './identity/trust-bundle.ts'
+import { createDispatch } from './rpc/dispatch.ts'
+import { rateLimit } from './rpc/limits.ts'
+import { openPort, type Port } from './rpc/port.ts'
+import { addServices } from './rpc/services.ts'
+import type { Settings } from './settings.ts'
+import { type Readiness, startTelemetryHttp } from './telemetry/http.ts'
+import type { Log } from './telemetry/log.ts'
+import { startMetrics } from './telemetry/metrics.ts'
+
+export const entities = [...identityEntities, ...fleetEntities, ...accessEntities, ...auditEntities]
+
+export const { version } = createRequire(import.meta.url)('../package.json') as { version: string }
+
+export type OperatorRequest = { name: string; role: string; csr: Uint8Array; validityMs: number }
+export type OperatorCertificate = { certificatePem: string; rootsPem: string; notAfter: Date }
+
+export type RunningServer = {
+  apiPort: number
+  metricsPort: number
+  instanceId: string
+  /** What enrollment tokens pin. */
+  rootKeySha256: string
+  rootsPem: string
+  /** False when the database already had an authority. */
+  createdAuthority: boolean
+  issueOperator(request: OperatorRequest): Promise<OperatorCertificate>
+  readiness(): Promise<Readiness>
+  /** Asks devices to reconnect, finishes what is under way, and stops everything. */
+  stop(): Promise<void>
+}
+
+export type StartStep = 'database' | 'authority' | 'listen'
+
+/** gRPC messages larger than this are refused: 128 questions are under 100 kB. */
+const messageBytesMax = 256 * 1_024
+const keepaliveMs = 30_000
+const keepaliveTimeoutMs = 10_000
+const streamsPerConnectionMax = 256
+const partitionMaintenanceMs = 3_600_000
+const dayMs = 86_400_000
+
+/** @throws when a part can't start; those that had started are stopped first */
+export async function startServer(options: {
+  settings: Settings
+  log: Log
+  clock?: Clock
+  /** Called as each part of the start is done. */
+  onStep?: (step: StartStep, ms: number, detail: Record<string, unknown>) => void
+}): Promise<RunningServer> {
+  const { log } = options
+  const stops: (() => Promise<void> | void)[] = []
+  const stopAll = async () => {
+    for (const stop of stops.reverse().splice(0)) {
+      await Promise.resolve()
+        .then(stop)
+        .catch(error => log.error({ err: error }, 'a part did not stop cleanly'))
+    }
+  }
+  try {
+    return await compose(options, stops, stopAll)
+  } catch (error) {
+    await stopAll()
+    throw error
+  }
+}
+
+async function compose(
+  { settings, log, clock = systemClock, onStep = () => {} }: Parameters<typeof startServer>[0],
+  stops: (() => Promise<void> | void)[],
+  stopAll: () => Promise<void>,
+): Promise<RunningServer> {
+  const { instanceId } = settings
+  const metrics = startMetrics({ instanceId, version })
+  stops.push(metrics.stop)
+
+  // Database
+  let startedAt = performance.now()
+  const { db, url, embedded } = await openState(settings, log, stops)
+  const migrated = await db.migrate()
+  await maintainPartitions(db.pool, settings.audit.retentionDays, clock())
+  const partitioning = setInterval(() => {
+    maintainPartitions(db.pool, settings.audit.retentionDays, clock()).catch(error =>
+      log.warn({ err: error }, 'partitions could not be maintained'),
+    )
+  }, partitionMaintenanceMs)
+  stops.push(() => clearInterval(partitioning))
+  const feed = await startChangeFeed({ url, instanceId, log, clock })
+  stops.push(feed.stop)
+  onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
+
+  // Audit
+  const journal = startJournal({ pool: db.pool, log, onCommit: metrics.auditCommit })
+  stops.push(journal.drained)
+
+  // Identity
+  startedAt = performance.now()
+  const { trustDomain } = settings.identity
+  const { authority, created } = await openStoredAuthority({
+    db,
+    trustDomain,
+    validityDays: settings.identity.caCertValidityDays,
+    passphrase: settings.identity.caKeyPassphrase,
+    clock,
+  })
+  const issuance = createIssuance({ db, authority, trustDomain, crlUrl: settings.identity.crlUrl, clock })
+  const trustBundle = createTrustBundleSource({ db, authority, trustDomain, clock })
+  const standing = createStanding({ pool: db.pool, feed })
+  let port: Port | undefined
+  const serverCertificate = await keepServerCertificate({
+    db,
+    authority,
+    issuance,
+    names: settings.identity.serverNames,
+    validityMs: settings.identity.serverCertValidityMs,
+    log,
+    onRenewed: certificate => port?.useIdentity(certificate),
+  })
+  stops.push(serverCertificate.stop)
+  onStep('authority', performance.now() - startedAt, { created, trustDomain, rootKeySha256: authority.rootKeySha256 })
+
+  // Access
+  startedAt = performance.now()
+  const engine = await startEngine(settings, log)
+  stops.push(engine.stop)
+  const facts = createFacts({ pool: db.pool, feed, maxAgeMs: settings.health.maxAgeMs })
+  const decider = createDecider({ facts, engine, clock })
+  const leases = createLeases({
+    decider,
+    engine,
+    feed,
+    pool: db.pool,
+    record: journal.appendLater,
+    decisionOf: revocationEntry(instanceId, clock),
+    instanceId,
+    graceMs: settings.leases.graceMs,
+    clock,
+    log,
+    onEnd: lease => metrics.connection(lease.serviceId, lease.state),
+  })
+  stops.push(leases.stop)
+  const authorizeDeps = {
+    facts,
+    decider,
+    leases,
+    journal,
+    instanceId,
+    clock,
+    limit: rateLimit('RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
+    onDecision: metrics.decision,
+    onConnection: metrics.connection,
+  }
+  const instance = await keepInstanceRecord({ pool: db.pool, instanceId, log })
+  stops.push(instance.stop)
+
+  // Fleet
+  const writer = startReportWriter({
+    pool: db.pool,
+    log,
+    onDurable: report => {
+      if (!report.announce) facts.reported(report.deviceId, report.measuredAtMs)
+    },
+  })
+  stops.push(writer.drained)
+  const certValidityMs = settings.identity.certValidityDays * dayMs
+  const heartbeats = createHeartbeats({
+    writer,
+    requirements: async () => (await facts.policyData()).requirements,
+    async deviceStatus(id) {
+      const device = await facts.device(id)
+      return { status: device?.status ?? 'revoked', reason: device?.statusReason ?? '' }
+    },
+    policyRevision: engine.revision,
+    limit: rateLimit('RATE_LIMIT_HEALTH', settings.rateLimits.health),
+    intervalMs: settings.health.heartbeatIntervalMs,
+    maxAgeMs: settings.health.maxAgeMs,
+    certValidityMs,
+    clock,
+    random: Math.random,
+    onHeartbeat: () => metrics.heartbeat(),
+  })
+  const census = await startCensus({ pool: db.pool, maxAgeMs: settings.health.maxAgeMs, log })
+  stops.push(census.stop)
+
+  // The port
+  const server = new Server({
+    'grpc.max_receive_message_length': messageBytesMax,
+    'grpc.max_concurrent_streams': streamsPerConnectionMax,
+    'grpc.keepalive_time_ms': keepaliveMs,
+    'grpc.keepalive_timeout_ms': keepaliveTimeoutMs,
+  })
+  const dispatch = createDispatch({
+    server,
+    peerAt: address => port?.peer(address),
+    demandStanding: standing.demand,
+    demandPermission: permissionDemand(engine),
+    journal,
+    instanceId,
+    clock,
+    log,
+    onCall: metrics.call,
+  })
+  cutRevoked(feed, standing, dispatch, trustBundle, log)
+  const enrollDeps: EnrollDeps = {
+    db,
+    issuance,
+    trustBundle,
+    trustDomain,
+    intermediatesPem: authority.intermediates,
+    tokenSecret: settings.identity.enrollmentTokenSecret,
+    certValidityMs,
+    clock,
+    limit: rateLimit('RATE_LIMIT_ENROLLMENTS', settings.rateLimits.enrollments),
+    onEnrollment: metrics.enrollment,
+  }
+  const currentBundle = await trustBundle.current()
+  const health = addServices(
+    dispatch,
+    {
+      enroll: createEnroll(enrollDeps),
+      renewCertificate: createRenew(enrollDeps),
+      trustBundle,
+      heartbeats,
+      check: createCheck(authorizeDeps),
+      authorize: createAuthorize(authorizeDeps),
+      admin: adminHandlers({
+        db,
+        clock,
+        instanceId,
+        tokenSecret: settings.identity.enrollmentTokenSecret,
+        authority: authorityState(authority, currentBundle),
+        policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },
+      }),
+    },
+    clock,
+  )
+  port = await openPort({
+    server,
+    host: settings.api.host,
+    port: settings.api.port,
+    trustDomain,
+    identity: serverCertificate.current(),
+    log,
+  })
+  const openedPort = port
+  stops.push(() => server.forceShutdown())
+  stops.push(() => openedPort.close(settings.drainMs))
+
+  // Telemetry
+  metrics.observe({
+    devicesByStatus: census.devicesByStatus,
+    unhealthyDevices: census.unhealthyDevices,
+    connectionsActive: leases.activeByService,
+    streamsOpen: dispatch.streamsOpen,
+    pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
+    decisionCache: decider.stats,
+    feedLagSeconds: () => feed.lagMs() / 1_000,
+  })
+  let stopping = false
+  const readiness = async (): Promise<Readiness> => {
+    const checks = {
+      database: await databaseCheck(db),
+      facts: { ok: feed.isLive(), detail: feed.isLive() ? undefined : 'the change feed is behind' },
+      policy: { ok: engine.ready(), detail: engine.ready() ? engine.revision() : 'the policy can not be evaluated' },
+      lifecycle: { ok: !stopping, detail: stopping ? 'stopping' : undefined },
+    }
+    return { ready: Object.values(checks).every(check => check.ok), checks }
+  }
+  const http = await startTelemetryHttp({ ...settings.metrics, metrics: metrics.handler, ready: readiness, log })
+  stops.push(http.stop)
+  health.setServing(true)
+  onStep('listen', performance.now() - startedAt, {
+    port: port.port,
+    metricsPort: http.port,
+    policy: engine.revision(),
+  })
+  log.info({ port: port.port, metricsPort: http.port, trustDomain, policy: engine.revision() }, 'edgemesh is serving')
+
+  let stopped: Promise<void> | undefined
+  return {
+    apiPort: port.port,
+    metricsPort: http.port,
+    instanceId,
+    rootKeySha256: authority.rootKeySha256,
+    rootsPem: authority.roots.join(''),
+    createdAuthority: created,
+    issueOperator: request => issueOperator({ db, authority, issuance }, request),
+    readiness,
+    stop() {
+      stopped ??= (async () => {
+        stopping = true
+        health.setServing(false)
+        heartbeats.askToReconnect(settings.drainMs)
+        dispatch.cutAll(
+          new Fault('UNAVAILABLE', 'DRAINING', 'this instance is stopping; connect again', { retryAfterMs: 1_000 }),
+        )
+        await stopAll()
+        log.info('edgemesh has stopped')
+      })()
+      return stopped
+    },
+  }
+}
+
+/** The database, embedded or given. */
+async function openState(settings: Settings, log: Log, stops: (() => Promise<void> | void)[]) {
+  let { url } = settings.database
+  const embedded = url === undefined
+  if (url === undefined) {
+    const postgres = await startEmbeddedPostgres({ directory: join(settings.dataDir, 'postgres'), log })
+    stops.push(postgres.stop)
+    url = postgres.url
+  }
+  const db = await openDatabase({ url, poolMax: settings.database.poolMax, entities })
+  stops.push(db.close)
+  return { db, url, embedded }
+}
+
+async function startEngine(settings: Settings, log: Log): Promise<PolicyEngine> {
+  const { url, timeoutMs, bearerToken } = settings.opa
+  return url === undefined ? startWasmPolicy() : startOpaPolicy({ url, timeoutMs, bearerToken, log })
+}
+
+/** A revocation is enforced on open calls the moment that the feed tells of it. */
+function cutRevoked(
+  feed: Awaited<ReturnType<typeof startChangeFeed>>,
+  standing: ReturnType<typeof createStanding>,
+  dispatch: ReturnType<typeof createDispatch>,
+  trustBundle: ReturnType<typeof createTrustBundleSource>,
+  log: Log,
+): void {
+  const recheck = (concerns: Set<string> | undefined) => {
+    trustBundle.invalidate()
+    for (const caller of dispatch.callers(concerns)) {
+      standing.demand(caller).catch(error => {
+        if (error instanceof Fault && error.code === 'UNAUTHENTICATED') {
+          dispatch.cut(other => other.serial === caller.serial, error)
+        } else log.debug({ err: error }, 'a certificate could not be looked at again')
+      })
+    }
+  }
+  feed.onChange(keys => {
+    const concerns = new Set(keys.filter(key => /^(device|operator|service):/.test(key)))
+    if (concerns.size > 0) recheck(concerns)
+  })
+  feed.onReset(() => recheck(undefined))
+}
+
+function authorityState(
+  authority: Authority,
+  bundle: Awaited<ReturnType<ReturnType<typeof createTrustBundleSource>['current']>>,
+) {
+  return {
+    rootKeySha256: authority.rootKeySha256,
+    trustBundle: () => bundle,
+    rootNotAfter: authority.issuer.notAfter,
+    intermediateNotAfter: authority.issuer.notAfter,
+  }
+}
+
+async function databaseCheck(db: Database): Promise<{ ok: boolean; detail?: string }> {
+  try {
+    await db.pool.query('select 1')
+    return { ok: true }
+  } catch (error) {
+    return { ok: false, detail: (error as Error).message }
+  }
+}
+
+/**
+ * The state without the service, for commands that run beside the database.
+ *
+ * With the embedded database this fails, with a clear message, while a server uses it.
+ */
+export async function openOffline(
+  settings: Settings,
+  log: Log,
+): Promise<{
+  db: Database
+  issueOperator(request: OperatorRequest): Promise<OperatorCertificate>
+  close(): Promise<void>
+}> {
+  const stops: (() => Promise<void> | void)[] = []
+  const close = async () => {
+    for (const stop of stops.reverse().splice(0)) await stop()
+  }
+  try {
+    const { db } = await openState(settings, log, stops)
+    return {
+      db,
+      close,
+      async issueOperator(request) {
+        const { trustDomain, caCertValidityDays, caKeyPassphrase, crlUrl } = settings.identity
+        await db.migrate()
+        const { authority } = await openStoredAuthority({
+          db,
+          trustDomain,
+          validityDays: caCertValidityDays,
+          passphrase: caKeyPassphrase,
+          clock: systemClock,
+        })
+        const issuance = createIssuance({ db, authority, trustDomain, crlUrl, clock: systemClock })
+        return issueOperator({ db, authority, issuance }, request)
+      },
+    }
+  } catch (error) {
+    await close()
+    throw error
+  }
+}

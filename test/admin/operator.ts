@@ -1,0 +1,111 @@
+/** An operator before a service with an empty database: what every test here starts from. */
+import type { ExecutionContext } from 'ava'
+import { type AdminDeps, adminHandlers } from '../../src/admin/admin-service.ts'
+import { AuditEvent } from '../../src/audit/entities.ts'
+import type { Call } from '../../src/caller.ts'
+import { Fault, type FaultCode } from '../../src/fault.ts'
+import { testDatabase } from '../support/postgres.ts'
+
+export const start = Date.parse('2026-03-02T10:00:00Z')
+export const tokenSecret = 'a secret of tests that is long enough'
+
+const authority: AdminDeps['authority'] = {
+  rootKeySha256: 'ab'.repeat(32),
+  trustBundle: () => ({
+    rootsPem: ['root'],
+    intermediatesPem: ['intermediate'],
+    crlDer: Buffer.of(1),
+    trustDomain: 'test',
+  }),
+  rootNotAfter: new Date('2036-01-01T00:00:00Z'),
+  intermediateNotAfter: new Date('2031-01-01T00:00:00Z'),
+}
+
+export async function operator(t: ExecutionContext<unknown>) {
+  const db = await testDatabase(t)
+  const time = { now: start }
+  const admin = adminHandlers({
+    db,
+    clock: () => time.now,
+    instanceId: 'instance-1',
+    tokenSecret,
+    authority,
+    policy: { revision: () => 'revision-1', engine: 'in-process' },
+  })
+  return {
+    db,
+    admin,
+    /** Set `time.now` to let time pass. */
+    time,
+    call: newCall,
+    /** What audit has of changes, the oldest first. */
+    auditEvents: () => db.em().find(AuditEvent, {}, { orderBy: { at: 'asc', id: 'asc' } }),
+    /** Runs `work` and gives the keys that were announced meanwhile. */
+    async announcedDuring(work: () => Promise<unknown>): Promise<string[]> {
+      const client = await db.pool.connect()
+      const keys: string[] = []
+      const hear = ({ payload = '' }: { payload?: string | undefined }) => void keys.push(...payload.split('\n'))
+      try {
+        client.on('notification', hear)
+        await client.query('listen edgemesh_changes')
+        await work()
+        // Notifications come before the answer to the next statement.
+        await client.query('unlisten edgemesh_changes')
+        return keys
+      } finally {
+        client.off('notification', hear)
+        client.release()
+      }
+    },
+  }
+}
+
+export function newCall(): Call {
+  return {
+    caller: {
+      kind: 'operator',
+      id: 'root',
+      spiffeId: 'spiffe://test/operator/root',
+      serial: '0'.repeat(32),
+      notAfter: start + 86_400_000,
+      role: 'admin',
+      publicKeySha256: 'cd'.repeat(32),
+    },
+    address: '192.0.2.1',
+    method: '/edgemesh.v1.AdminService/Test',
+    startedAt: start,
+    instanceId: 'instance-1',
+    signal: new AbortController().signal,
+    audit: { target: '', detail: {}, written: false },
+  }
+}
+
+/** The call is refused with this code and this reason. */
+export async function refused(
+  t: ExecutionContext<unknown>,
+  answer: Promise<unknown>,
+  code: FaultCode,
+  reason: string,
+): Promise<Fault> {
+  const fault = await t.throwsAsync(answer, { instanceOf: Fault })
+  t.deepEqual([fault?.code, fault?.reason], [code, reason])
+  return fault!
+}
+
+/** The call is refused because of exactly these fields. */
+export async function invalid(t: ExecutionContext<unknown>, answer: Promise<unknown>, fields: string[]): Promise<void> {
+  const fault = await refused(t, answer, 'INVALID_ARGUMENT', 'INVALID_FIELD')
+  t.deepEqual(fault.violations.map(violation => violation.field).sort(), [...fields].sort())
+}
+
+/** Every item of a list, page after page. */
+export async function allPages<T>(list: (pageToken: string) => Promise<{ items: T[]; next: string }>): Promise<T[]> {
+  const items: T[] = []
+  let pageToken = ''
+  do {
+    const page = await list(pageToken)
+    items.push(...page.items)
+    pageToken = page.next
+  } while (pageToken)
+  return items
+}

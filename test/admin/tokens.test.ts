@@ -1,0 +1,136 @@
+import test from 'ava'
+import {
+  CreateEnrollmentTokenRequest,
+  type EnrollmentToken as EnrollmentTokenMessage,
+  EnrollmentTokenStatus,
+} from '../../src/gen/edgemesh/v1/admin.ts'
+import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
+import { EnrollmentToken, TokenRedemption } from '../../src/identity/entities.ts'
+import { parseToken, secretMatches } from '../../src/identity/tokens.ts'
+import { allPages, invalid, operator, refused, start, tokenSecret } from './operator.ts'
+
+const create = CreateEnrollmentTokenRequest.fromPartial
+
+test('a token is made with its defaults, and only its hash is kept', async t => {
+  const { admin, call, db, auditEvents } = await operator(t)
+  const { token, tokenText } = await admin.createEnrollmentToken(create({}), call())
+  const parsed = parseToken(tokenText)
+  t.is(parsed.id, token!.id)
+  t.like(token, {
+    status: EnrollmentTokenStatus.ACTIVE,
+    usesMax: 1,
+    uses: 0,
+    expiresAt: new Date(start + 3_600_000),
+    deviceType: DeviceType.UNSPECIFIED,
+    createdBy: 'spiffe://test/operator/root',
+  })
+  const kept = await db.em().findOneOrFail(EnrollmentToken, parsed.id)
+  t.true(secretMatches(parsed.secret, tokenSecret, kept.secretHash))
+  const [event] = await auditEvents()
+  t.is(event?.target, `token/${parsed.id}`)
+  t.false(JSON.stringify(event).includes(parsed.secret.toString('base64url')))
+})
+
+test('a token may be bound to a device, a type and labels', async t => {
+  const { admin, call } = await operator(t)
+  const request = create({
+    usesMax: 10_000,
+    lifetime: { seconds: 60, nanos: 0 },
+    labels: { site: 'berlin' },
+    deviceType: DeviceType.IOT,
+    deviceId: 'alpha',
+  })
+  const { token } = await admin.createEnrollmentToken(request, call())
+  const { tokens } = await admin.listEnrollmentTokens({ pageSize: 0, pageToken: '' }, call())
+  t.deepEqual(tokens, [token!])
+  t.like(token, { labels: { site: 'berlin' }, deviceType: DeviceType.IOT, deviceId: 'alpha', usesMax: 10_000 })
+})
+
+test('every wrong field is named at once', async t => {
+  const { admin, call } = await operator(t)
+  const wrong = create({
+    usesMax: 10_001,
+    lifetime: { seconds: 59, nanos: 999_999_999 },
+    labels: { site: '\0' },
+    deviceType: 99 as DeviceType,
+    deviceId: 'A',
+  })
+  const fields = ['uses_max', 'lifetime', 'labels.site', 'device_type', 'device_id']
+  await invalid(t, admin.createEnrollmentToken(wrong, call()), fields)
+  const tooLong = create({ lifetime: { seconds: 365 * 86_400, nanos: 1_000_000 } })
+  await invalid(t, admin.createEnrollmentToken(tooLong, call()), ['lifetime'])
+  await invalid(t, admin.revokeEnrollmentToken({ id: '' }, call()), ['id'])
+})
+
+test('approval is not there yet, and says so', async t => {
+  const { admin, call, db } = await operator(t)
+  const asked = admin.createEnrollmentToken(create({ requiresApproval: true }), call())
+  await refused(t, asked, 'UNIMPLEMENTED', 'APPROVAL_UNSUPPORTED')
+  t.is(await db.em().count(EnrollmentToken), 0)
+})
+
+test('revoked counts more than used up, used up more than expired', async t => {
+  const { admin, call, db, time } = await operator(t)
+  const { token } = await admin.createEnrollmentToken(create({}), call())
+  const id = token!.id
+  const status = async () => {
+    const { tokens } = await admin.listEnrollmentTokens({ pageSize: 1, pageToken: '' }, call())
+    return (tokens[0] as EnrollmentTokenMessage).status
+  }
+  t.is(await status(), EnrollmentTokenStatus.ACTIVE)
+  time.now += 3_600_000
+  t.is(await status(), EnrollmentTokenStatus.EXPIRED)
+  await db.em().nativeUpdate(EnrollmentToken, { id }, { uses: 1 })
+  t.is(await status(), EnrollmentTokenStatus.USED_UP)
+  await admin.revokeEnrollmentToken({ id }, call())
+  t.is(await status(), EnrollmentTokenStatus.REVOKED)
+})
+
+test('revoking twice is revoking, and a token that is not there is not found', async t => {
+  const { admin, call, db, time } = await operator(t)
+  const { token } = await admin.createEnrollmentToken(create({}), call())
+  await admin.revokeEnrollmentToken({ id: token!.id }, call())
+  time.now += 1_000
+  const again = await admin.revokeEnrollmentToken({ id: token!.id }, call())
+  t.is(again.token?.status, EnrollmentTokenStatus.REVOKED)
+  t.deepEqual((await db.em().findOneOrFail(EnrollmentToken, token!.id)).revokedAt, new Date(start))
+  await refused(t, admin.revokeEnrollmentToken({ id: '0123456789ab' }, call()), 'NOT_FOUND', 'TOKEN_NOT_FOUND')
+})
+
+test('redemptions are shown with their token, the newest hundred', async t => {
+  const { admin, call, db } = await operator(t)
+  const { token } = await admin.createEnrollmentToken(create({ usesMax: 200 }), call())
+  await admin.createEnrollmentToken(create({}), call())
+  const redemptions = Array.from({ length: 120 }, (_, index) => ({
+    tokenId: token!.id,
+    publicKeySha256: String(index),
+    deviceId: `device-${index}`,
+    sourceAddress: '192.0.2.7',
+    redeemedAt: new Date(start + index),
+  }))
+  await db.em().insertMany(TokenRedemption, redemptions)
+  const { tokens } = await admin.listEnrollmentTokens({ pageSize: 0, pageToken: '' }, call())
+  const shown = tokens.find(({ id }) => id === token!.id)?.redemptions ?? []
+  t.is(shown.length, 100)
+  t.deepEqual(shown[0], { deviceId: 'device-119', redeemedAt: new Date(start + 119), sourceAddress: '192.0.2.7' })
+  t.deepEqual(tokens.find(({ id }) => id !== token!.id)?.redemptions, [])
+})
+
+test('pages show each of 250 tokens once', async t => {
+  const { admin, call, db } = await operator(t)
+  const ids = Array.from({ length: 250 }, (_, index) => index.toString(16).padStart(12, '0'))
+  const row = { secretHash: Buffer.alloc(32), usesMax: 1, uses: 0, labels: {}, createdBy: '' }
+  const times = { expiresAt: new Date(), createdAt: new Date() }
+  await db.em().insertMany(
+    EnrollmentToken,
+    ids.map(id => ({ ...row, ...times, id })),
+  )
+  const tokens = await allPages(async pageToken => {
+    const { tokens, nextPageToken } = await admin.listEnrollmentTokens({ pageSize: 60, pageToken }, call())
+    return { items: tokens, next: nextPageToken }
+  })
+  t.deepEqual(
+    tokens.map(token => token.id),
+    ids,
+  )
+})

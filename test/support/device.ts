@@ -1,0 +1,106 @@
+/** A device as tests drive it: its heartbeat stream and its authorize stream, with everything that arrives kept. */
+import type { ClientDuplexStream, ServiceError } from '@grpc/grpc-js'
+import type { ExecutionContext } from 'ava'
+import type {
+  Answer,
+  AuthorizeRequest,
+  AuthorizeResponse,
+  ConnectionRevoked,
+} from '../../src/gen/edgemesh/v1/authorize.ts'
+import type { HeartbeatRequest, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
+import type { Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import { type EdgeMesh, eventually, refusal, type TestDevice } from './edgemesh.ts'
+
+export type HeartbeatClient = {
+  /** Sends a message and waits until it is acknowledged. */
+  beat(posture?: Partial<Posture>): Promise<HeartbeatResponse>
+  send(request: Partial<HeartbeatRequest>): void
+  responses: HeartbeatResponse[]
+  /** How the stream ended, once it has. */
+  ended: Promise<ReturnType<typeof refusal> | undefined>
+  end(): void
+}
+
+export function heartbeats(t: ExecutionContext, mesh: Pick<EdgeMesh, 'clients'>, device: TestDevice): HeartbeatClient {
+  const stream: ClientDuplexStream<HeartbeatRequest, HeartbeatResponse> = mesh.clients(device).heartbeat.heartbeat()
+  const responses: HeartbeatResponse[] = []
+  const ended = ending(stream)
+  let sequence = 0
+  stream.on('data', response => responses.push(response))
+  t.teardown(() => stream.cancel())
+  const send = (request: Partial<HeartbeatRequest>) =>
+    stream.write({ sequence: ++sequence, posture: undefined, openConnectionIds: [], sentAt: new Date(), ...request })
+  return {
+    responses,
+    ended,
+    send,
+    async beat(posture) {
+      send({ posture: posture && ({ attributes: {}, measuredAt: undefined, ...posture } as Posture) })
+      const wanted = sequence
+      const failed = ended.then(end => {
+        throw new Error(`the heartbeat stream ended: ${JSON.stringify(end)}`)
+      })
+      const acknowledged = eventually(`acknowledgement of heartbeat ${wanted}`, () =>
+        responses.find(response => response.acknowledgedSequence >= wanted),
+      )
+      return Promise.race([acknowledged, failed])
+    },
+    end: () => stream.end(),
+  }
+}
+
+export type AuthorizeClient = {
+  ask(user: string, service: string, action?: string): Promise<Answer>
+  send(kind: NonNullable<AuthorizeRequest['kind']>): void
+  responses: AuthorizeResponse[]
+  revoked: ConnectionRevoked[]
+  /** Waits for the revocation of a connection. */
+  revocationOf(connectionId: string): Promise<ConnectionRevoked>
+  ended: Promise<ReturnType<typeof refusal> | undefined>
+  end(): void
+}
+
+export function authorizations(
+  t: ExecutionContext,
+  mesh: Pick<EdgeMesh, 'clients'>,
+  device: TestDevice,
+): AuthorizeClient {
+  const stream: ClientDuplexStream<AuthorizeRequest, AuthorizeResponse> = mesh.clients(device).authorize.authorize()
+  const responses: AuthorizeResponse[] = []
+  const revoked: ConnectionRevoked[] = []
+  const answers = new Map<string, Answer>()
+  const ended = ending(stream)
+  let questions = 0
+  stream.on('data', (response: AuthorizeResponse) => {
+    responses.push(response)
+    if (response.kind?.$case === 'revoked') revoked.push(response.kind.value)
+    if (response.kind?.$case === 'answers')
+      for (const answer of response.kind.value.answers) answers.set(answer.questionId, answer)
+  })
+  t.teardown(() => stream.cancel())
+  return {
+    responses,
+    revoked,
+    ended,
+    send: kind => void stream.write({ kind }),
+    async ask(user, service, action = '') {
+      const id = `q${++questions}`
+      stream.write({ kind: { $case: 'questions', value: { questions: [{ id, user, service, action }] } } })
+      const failed = ended.then(end => {
+        throw new Error(`the authorize stream ended: ${JSON.stringify(end)}`)
+      })
+      return Promise.race([eventually(`the answer to ${id}`, () => answers.get(id)), failed])
+    },
+    revocationOf: id =>
+      eventually(`the revocation of ${id}`, () => revoked.find(revocation => revocation.connectionId === id)),
+    end: () => stream.end(),
+  }
+}
+
+function ending(stream: { on(event: 'error' | 'end', listener: (error: ServiceError) => void): unknown }) {
+  const ended = new Promise<ReturnType<typeof refusal> | undefined>(resolve => {
+    stream.on('error', error => resolve(refusal(error)))
+    stream.on('end', () => resolve(undefined))
+  })
+  return ended
+}

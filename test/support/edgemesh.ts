@@ -1,0 +1,230 @@
+/** A whole EdgeMesh in this process, on a database of its own, with an operator and as many devices as a test wants. */
+import { generateKeyPairSync } from 'node:crypto'
+import { type Client, credentials, Metadata, type ServiceError, status } from '@grpc/grpc-js'
+import type { ExecutionContext } from 'ava'
+import { signingRequestFor } from '../../src/agent/csr.ts'
+import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
+import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'
+import { EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
+import { HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
+import type { DeviceDescription, Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import { ErrorInfo } from '../../src/gen/google/rpc/error_details.ts'
+import { Status } from '../../src/gen/google/rpc/status.ts'
+import { type RunningServer, startServer } from '../../src/server.ts'
+import { readSettings } from '../../src/settings.ts'
+import { createLog } from '../../src/telemetry/log.ts'
+import { testDatabase } from './postgres.ts'
+
+/** PEM; without certificate and key a client is anonymous. */
+export type Credentials = { rootsPem: string; certificatePem?: string; keyPem?: string }
+
+export type EdgeMesh = {
+  server: RunningServer
+  databaseUrl: string
+  pool: Awaited<ReturnType<typeof testDatabase>>['pool']
+  operator: Credentials
+  anonymous: Credentials
+  admin: AdminServiceClient
+  token(request?: Partial<CreateEnrollmentTokenRequest>): Promise<string>
+  /** A device with a new key, or with the given one. */
+  enroll(options?: { token?: string; keyPem?: string; device?: Partial<DeviceDescription> }): Promise<TestDevice>
+  clients(credentials: Credentials): Clients
+}
+
+export type TestDevice = Credentials & { identity: Identity; keyPem: string; certificatePem: string }
+
+export type Clients = {
+  admin: AdminServiceClient
+  authorize: AuthorizeServiceClient
+  enroll: EnrollServiceClient
+  heartbeat: HeartbeatServiceClient
+}
+
+export const healthy: Partial<Posture> = {
+  cpuPercent: 10,
+  memoryPercent: 20,
+  diskPercent: 30,
+  patchesCurrent: true,
+  antivirusEnabled: true,
+  diskEncrypted: true,
+  firewallEnabled: true,
+}
+
+export const secrets = {
+  ENROLLMENT_TOKEN_SECRET: 'a-test-secret-for-tokens-that-is-long-enough',
+  CA_KEY_PASSPHRASE: 'a-test-passphrase-for-the-ca-that-is-long-enough',
+}
+
+/** Limits that no test meets by accident; those that mean to, set their own. */
+const generous = {
+  RATE_LIMIT_ENROLLMENTS: '100000/minute',
+  RATE_LIMIT_CONNECTIONS: '1000000/minute',
+  RATE_LIMIT_HEALTH: '100000/minute',
+}
+
+/** @param env settings beyond the defaults, by their variables */
+export async function startEdgeMesh(t: ExecutionContext, env: Record<string, string> = {}): Promise<EdgeMesh> {
+  const db = await testDatabase(t)
+  const settings = readSettings({
+    ...secrets,
+    ...generous,
+    DATABASE_URL: db.url,
+    API_HOST: '127.0.0.1',
+    API_PORT: '0',
+    METRICS_HOST: '127.0.0.1',
+    METRICS_PORT: '0',
+    DRAIN_SECONDS: '1',
+    ...env,
+  })
+  const log = createLog({ level: (process.env.LOG_LEVEL?.toLowerCase() as 'info' | undefined) ?? 'fatal' })
+  const server = await startServer({ settings, log })
+  t.teardown(() => server.stop())
+  return { ...(await connect(t, server, `127.0.0.1:${server.apiPort}`)), pool: db.pool, databaseUrl: db.url }
+}
+
+/** The operator and the clients of a server that runs at `address`. */
+export async function connect(
+  t: ExecutionContext,
+  server: Pick<RunningServer, 'rootsPem' | 'issueOperator'> & RunningServer,
+  address: string,
+): Promise<Omit<EdgeMesh, 'pool' | 'databaseUrl'>> {
+  const anonymous = { rootsPem: server.rootsPem }
+  const operatorKey = newKey()
+  const issued = await server.issueOperator({
+    name: 'tester',
+    role: 'admin',
+    csr: signingRequestFor(operatorKey),
+    validityMs: 3_600_000,
+  })
+  const operator = { ...anonymous, certificatePem: issued.certificatePem, keyPem: operatorKey }
+  const clients = (who: Credentials) => clientsOf(t, address, who)
+  const { admin } = clients(operator)
+
+  async function token(request: Partial<CreateEnrollmentTokenRequest> = {}): Promise<string> {
+    const answer = await unary(admin, 'createEnrollmentToken', { ...noTokenRequest, ...request })
+    return (answer as { tokenText: string }).tokenText
+  }
+
+  return {
+    server,
+    operator,
+    anonymous,
+    admin,
+    clients,
+    token,
+    async enroll({ token: text, keyPem = newKey(), device = {} } = {}) {
+      const identity = await enrollOnce(clients(anonymous).enroll, text ?? (await token()), keyPem, device)
+      return { ...anonymous, identity, keyPem, certificatePem: identity.certificateChainPem.join('') }
+    },
+  }
+}
+
+const noTokenRequest: CreateEnrollmentTokenRequest = {
+  usesMax: 0,
+  lifetime: undefined,
+  labels: {},
+  deviceType: 0,
+  deviceId: '',
+  requiresApproval: false,
+}
+
+/** Calls Enroll and takes the identity from its stream. */
+export function enrollOnce(
+  client: EnrollServiceClient,
+  token: string,
+  keyPem: string,
+  device: Partial<DeviceDescription> = {},
+): Promise<Identity> {
+  return new Promise((resolve, reject) => {
+    let identity: Identity | undefined
+    const description = { id: '', type: 1, os: 'linux', osVersion: '6.1', labels: {}, ...device } as DeviceDescription
+    const stream = client.enroll({ token, csr: signingRequestFor(keyPem), device: description })
+    stream.on('data', response => {
+      if (response.step?.$case === 'identity') identity = response.step.value
+    })
+    stream.on('error', reject)
+    stream.on('end', () => identity && resolve(identity))
+  })
+}
+
+export function newKey(): string {
+  const { privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' })
+  return privateKey.export({ type: 'pkcs8', format: 'pem' }).toString()
+}
+
+function clientsOf(t: ExecutionContext, address: string, who: Credentials): Clients {
+  const pem = (text: string | undefined) => (text ? Buffer.from(text) : null)
+  const channel = credentials.createSsl(Buffer.from(who.rootsPem), pem(who.keyPem), pem(who.certificatePem))
+  // Node 26 takes no IP address as TLS server name.
+  const options = { 'grpc.ssl_target_name_override': 'localhost', 'grpc.default_authority': 'localhost' }
+  const opened = {
+    admin: new AdminServiceClient(address, channel, options),
+    authorize: new AuthorizeServiceClient(address, channel, options),
+    enroll: new EnrollServiceClient(address, channel, options),
+    heartbeat: new HeartbeatServiceClient(address, channel, options),
+  }
+  t.teardown(() => {
+    for (const client of Object.values(opened)) client.close()
+  })
+  return opened
+}
+
+/** A unary call as a promise, with a deadline that only a hang meets. */
+export function unary<Method extends string, C extends Client>(
+  client: C,
+  method: Method,
+  request: unknown,
+): Promise<UnaryResponse<C, Method>> {
+  return new Promise((resolve, reject) => {
+    // biome-ignore lint/suspicious/noExplicitAny: the generated methods are overloads that no common type covers
+    const call = (client as any)[method].bind(client)
+    call(request, new Metadata(), { deadline: Date.now() + 20_000 }, (error: ServiceError | null, response: never) => {
+      if (error) reject(error)
+      else resolve(response)
+    })
+  })
+}
+
+type UnaryResponse<C, Method extends string> = C extends {
+  [M in Method]: (
+    request: never,
+    metadata: never,
+    options: never,
+    callback: (error: ServiceError | null, response: infer Response) => void,
+  ) => unknown
+}
+  ? Response
+  : never
+
+/** What a caller is told: the code's name, and the stable reason from `google.rpc.ErrorInfo`. */
+export function refusal(error: unknown): { code: string; reason: string; message: string } {
+  const { code, details, metadata } = error as ServiceError
+  const [encoded] = metadata?.get('grpc-status-details-bin') ?? []
+  let reason = ''
+  if (encoded) {
+    const info = Status.decode(encoded as Buffer).details.find(detail => detail.typeUrl.endsWith('ErrorInfo'))
+    if (info) reason = ErrorInfo.decode(info.value).reason
+  }
+  return { code: status[code] ?? String(code), reason, message: details }
+}
+
+/** Runs what has to be refused. */
+export async function refused(call: Promise<unknown>): Promise<ReturnType<typeof refusal>> {
+  try {
+    await call
+  } catch (error) {
+    return refusal(error)
+  }
+  throw new Error('the call was not refused')
+}
+
+/** Waits for something that has to come true, and says what was missing when it does not. */
+export async function eventually<T>(what: string, probe: () => Promise<T | undefined | false> | T | undefined | false) {
+  const until = Date.now() + 20_000
+  for (;;) {
+    const found = await probe()
+    if (found) return found
+    if (Date.now() > until) throw new Error(`did not happen: ${what}`)
+    await new Promise(resolve => setTimeout(resolve, 25))
+  }
+}

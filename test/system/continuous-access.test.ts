@@ -1,0 +1,214 @@
+import type { ExecutionContext } from 'ava'
+import test from 'ava'
+import { authorizations, heartbeats } from '../support/device.ts'
+import { type EdgeMesh, eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+
+/** An administrator and a service that administrators may reach: business hours don't concern them. */
+async function furnish({ admin }: EdgeMesh): Promise<void> {
+  await unary(admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: 'Ada', role: 'admin' })
+  await unary(admin, 'createService', { id: 'payroll', name: 'Payroll', labels: {}, owner: 'finance', roles: [] })
+}
+
+async function start(t: ExecutionContext, env: Record<string, string> = {}) {
+  const mesh = await startEdgeMesh(t, env)
+  await furnish(mesh)
+  const device = await mesh.enroll({ device: { id: 'alpha' } })
+  return { mesh, device }
+}
+
+const codes = (reasons: { code: string }[]) => reasons.map(reason => reason.code)
+
+test('an open connection is taken back with reasons when its device stops being healthy', async t => {
+  const { mesh, device } = await start(t)
+  const heart = heartbeats(t, mesh, device)
+  t.deepEqual((await heart.beat(healthy)).failingPosture, [])
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada@example.com', 'payroll')
+  t.true(answer.allowed)
+  t.not(answer.connectionId, '')
+
+  t.deepEqual((await heart.beat({ diskEncrypted: false })).failingPosture, ['disk_encrypted'])
+  const revocation = await access.revocationOf(answer.connectionId)
+  t.deepEqual(codes(revocation.reasons), ['DISK_NOT_ENCRYPTED'])
+  const { answer: denied } = await unary(mesh.clients(device).authorize, 'check', {
+    question: { id: 'again', user: 'ada', service: 'payroll', action: '' },
+    deviceId: '',
+  })
+  t.false(denied?.allowed)
+  t.deepEqual(denied?.reasons, revocation.reasons)
+
+  await eventually('the connection is on record as revoked', async () => {
+    const { rows } = await mesh.pool.query('select status, end_reasons from connections where id = $1', [
+      answer.connectionId,
+    ])
+    return rows[0]?.status === 'revoked' && rows[0].end_reasons[0].code === 'DISK_NOT_ENCRYPTED'
+  })
+  const { rows } = await mesh.pool.query('select questions from decisions where id = $1', [
+    revocation.decisionId.split('.')[0],
+  ])
+  t.false(rows[0].questions[0].allow, 'the decision that took it back is on record')
+})
+
+test('an open connection is taken back when heartbeats stop for longer than the maximum age', async t => {
+  const { mesh, device } = await start(t, { HEALTH_CHECK_MAX_AGE_MINUTES: '0.05', HEARTBEAT_INTERVAL_SECONDS: '1' })
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  t.true(answer.allowed)
+  const revocation = await access.revocationOf(answer.connectionId)
+  t.deepEqual(codes(revocation.reasons), ['HEALTH_STALE'])
+  const again = await access.ask('ada', 'payroll')
+  t.deepEqual(codes(again.reasons), ['HEALTH_STALE'])
+})
+
+test('heartbeats that say nothing new keep a connection open past the maximum age', async t => {
+  const { mesh, device } = await start(t, { HEALTH_CHECK_MAX_AGE_MINUTES: '0.05', HEARTBEAT_INTERVAL_SECONDS: '1' })
+  const heart = heartbeats(t, mesh, device)
+  await heart.beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  const until = Date.now() + 5_000
+  while (Date.now() < until) {
+    await heart.beat()
+    await new Promise(resolve => setTimeout(resolve, 300))
+  }
+  t.deepEqual(access.revoked, [])
+  access.send({ $case: 'list', value: {} })
+  const listed = await eventually('the list of connections', () =>
+    access.responses.find(response => response.kind?.$case === 'connections'),
+  )
+  t.deepEqual(
+    listed.kind?.$case === 'connections' && listed.kind.value.connections.map(({ connectionId }) => connectionId),
+    [answer.connectionId],
+  )
+})
+
+test('a device that another instance hears from stays allowed here', async t => {
+  const { mesh, device } = await start(t, { HEALTH_CHECK_MAX_AGE_MINUTES: '0.05', HEARTBEAT_INTERVAL_SECONDS: '1' })
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  // What another instance writes for a heartbeat that changed nothing: the time, and no announcement.
+  const until = Date.now() + 4_500
+  while (Date.now() < until) {
+    await mesh.pool.query(
+      "update device_postures set measured_at = now(), received_at = now() where device_id = 'alpha'",
+    )
+    await new Promise(resolve => setTimeout(resolve, 250))
+  }
+  t.deepEqual(access.revoked, [])
+  t.true(answer.allowed)
+})
+
+for (const [what, act, code] of [
+  [
+    'the user is disabled',
+    (mesh: EdgeMesh) => unary(mesh.admin, 'updateUser', { id: 'ada', status: 2 }),
+    'USER_DISABLED',
+  ],
+  [
+    "the user's role may no longer reach it",
+    (mesh: EdgeMesh) => unary(mesh.admin, 'deleteRoleGrant', { role: 'admin', service: '*' }),
+    'ROLE_NOT_GRANTED',
+  ],
+  [
+    'the service is disabled',
+    (mesh: EdgeMesh) => unary(mesh.admin, 'updateService', { id: 'payroll', status: 2 }),
+    'SERVICE_DISABLED',
+  ],
+  [
+    'the device is quarantined',
+    (mesh: EdgeMesh) => unary(mesh.admin, 'quarantineDevice', { id: 'alpha', reason: 'lost' }),
+    'DEVICE_NOT_ACTIVE',
+  ],
+  [
+    'the requirements are tightened',
+    async (mesh: EdgeMesh) => {
+      const { data } = await unary(mesh.admin, 'getPolicyState', {})
+      const requirements = { ...data?.requirements, diskPercentMax: 25 }
+      return unary(mesh.admin, 'updatePolicyData', { data: { ...data, requirements } })
+    },
+    'DISK_TOO_FULL',
+  ],
+] as const) {
+  test(`an open connection is taken back when ${what}`, async t => {
+    const { mesh, device } = await start(t)
+    await heartbeats(t, mesh, device).beat(healthy)
+    const access = authorizations(t, mesh, device)
+    const answer = await access.ask('ada', 'payroll')
+    t.true(answer.allowed)
+    await act(mesh)
+    t.deepEqual(codes((await access.revocationOf(answer.connectionId)).reasons), [code])
+    t.deepEqual(codes((await access.ask('ada', 'payroll')).reasons), [code])
+  })
+}
+
+test('an operator closes one connection and leaves the others', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const [first, second] = [await access.ask('ada', 'payroll'), await access.ask('ada', 'payroll')]
+  await unary(mesh.admin, 'closeConnection', { id: first.connectionId, reason: 'maintenance' })
+  t.deepEqual(codes((await access.revocationOf(first.connectionId)).reasons), ['CLOSED_BY_OPERATOR'])
+  t.deepEqual(
+    access.revoked.map(({ connectionId }) => connectionId),
+    [first.connectionId],
+  )
+  t.not(second.connectionId, first.connectionId)
+})
+
+test('a revoked device loses its streams at once and can not come back', async t => {
+  const { mesh, device } = await start(t)
+  const heart = heartbeats(t, mesh, device)
+  await heart.beat(healthy)
+  const access = authorizations(t, mesh, device)
+  await access.ask('ada', 'payroll')
+  await unary(mesh.admin, 'revokeDevice', { id: 'alpha', reason: 'stolen' })
+  t.is((await heart.ended)?.reason, 'DEVICE_REVOKED')
+  t.is((await access.ended)?.code, 'UNAUTHENTICATED')
+  const later = heartbeats(t, mesh, device)
+  later.send({})
+  t.is((await later.ended)?.reason, 'DEVICE_REVOKED')
+})
+
+test('ending the stream closes its connections', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  access.end()
+  t.is(await access.ended, undefined)
+  await eventually('the connection is on record as closed', async () => {
+    const { rows } = await mesh.pool.query('select status from connections where id = $1', [answer.connectionId])
+    return rows[0]?.status === 'closed'
+  })
+})
+
+test('the metrics show what happened under the names that dashboards know', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  await access.ask('ada', 'payroll')
+  await access.ask('nobody', 'payroll')
+  const text = await (await fetch(`http://127.0.0.1:${mesh.server.metricsPort}/metrics`)).text()
+  for (const line of [
+    'edgemesh_device_enrollments_total{outcome="enrolled"} 1',
+    'edgemesh_authorization_decisions_total{decision="allow"} 1',
+    'edgemesh_authorization_decisions_total{decision="deny"} 1',
+    'edgemesh_authorization_latency_seconds_count 2',
+    'edgemesh_connections_active{service="payroll"} 1',
+    'edgemesh_health_checks_total 1',
+  ]) {
+    t.true(text.includes(line), `${line} in\n${text}`)
+  }
+  for (const name of [
+    'edgemesh_devices_total{status="active"}',
+    'edgemesh_unhealthy_devices',
+    'edgemesh_streams_open',
+    'edgemesh_event_loop_delay_seconds',
+    'edgemesh_database_pool_connections',
+    'edgemesh_connections_total{service="payroll",status="allowed"}',
+  ]) {
+    t.true(text.includes(name), name)
+  }
+})
