@@ -81,6 +81,8 @@ const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
 const partitionMaintenanceMs = 3_600_000
 const dayMs = 86_400_000
+/** What a part may take to stop beyond the time to drain: work that waits for a database that is away is given up. */
+const stopMarginMs = 2_000
 
 /** @throws when a part can't start; those that had started are stopped first */
 export async function startServer(options: {
@@ -94,9 +96,9 @@ export async function startServer(options: {
   const stops: (() => Promise<void> | void)[] = []
   const stopAll = async () => {
     for (const stop of stops.reverse().splice(0)) {
-      await Promise.resolve()
-        .then(stop)
-        .catch(error => log.error({ err: error }, 'a part did not stop cleanly'))
+      await within(options.settings.drainMs + stopMarginMs, stop).catch(error =>
+        log.error({ err: error }, 'a part did not stop cleanly'),
+      )
     }
   }
   try {
@@ -166,7 +168,7 @@ async function compose(
   const engine = await startEngine(settings, log)
   stops.push(engine.stop)
   const facts = createFacts({ pool: db.pool, feed, maxAgeMs: settings.health.maxAgeMs })
-  const decider = createDecider({ facts, engine, clock })
+  const decider = createDecider({ facts, engine, clock, onError: settings.policy.onError })
   const leases = createLeases({
     decider,
     engine,
@@ -342,6 +344,14 @@ async function compose(
       return stopped
     },
   }
+}
+
+async function within(ms: number, stop: () => Promise<void> | void): Promise<void> {
+  let timer: NodeJS.Timeout | undefined
+  const timeout = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`not stopped after ${ms} ms`)), ms)
+  })
+  await Promise.race([Promise.resolve().then(stop), timeout]).finally(() => clearTimeout(timer))
 }
 
 /** The database, embedded or given. */

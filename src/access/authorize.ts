@@ -9,6 +9,8 @@ import { randomUUIDv7 } from 'node:crypto'
 import type { Journal, JournalEntry, JournalTable } from '../audit/journal.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
+import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
+import { durationOf } from '../duration.ts'
 import { Fault, invalidField } from '../fault.ts'
 import type {
   Answer,
@@ -30,8 +32,8 @@ export type AuthorizeDeps = {
   journal: Journal
   instanceId: string
   clock: Clock
-  /** @throws Fault RESOURCE_EXHAUSTED when the device asks too often */
-  limit: (deviceId: string, questions: number) => Promise<void>
+  /** @throws Fault RESOURCE_EXHAUSTED when the caller asks too often */
+  limit: (caller: string, questions: number) => Promise<void>
   onDecision: (decision: 'allow' | 'deny', seconds: number) => void
   onConnection: (service: string, status: 'allowed' | 'denied') => void
 }
@@ -44,6 +46,8 @@ const actionCharactersMax = 32
 const nameCharactersMax = 254
 /** Leases one stream may hold. */
 const leasesPerStreamMax = 4_096
+/** When to ask again after an outage that does not say. */
+const retryMs = 1_000
 /** Changes that may fall between deciding and leasing before the caller is asked to try again. */
 const attemptsMax = 5
 
@@ -70,7 +74,7 @@ export function createCheck(deps: AuthorizeDeps) {
     const deviceId = deviceAsked(request, call)
     const question = checkQuestion(request.question, deviceId, 'question')
     call.audit.target = `device/${deviceId}`
-    await deps.limit(deviceId, 1)
+    await deps.limit(callerName(call.caller), 1)
     const { verdict } = await deps.decider.decide(question)
     const decision = decisionEntry(call, deviceId, [{ question, verdict }], startedAt)
     await deps.journal.append([decision.entry])
@@ -106,7 +110,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
         const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
         throw new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CONNECTIONS', message)
       }
-      await deps.limit(deviceId, asked.length)
+      await deps.limit(callerName(call.caller), asked.length)
       const revocations = new Map<string, Revocation>()
       const push = (revocation: Revocation) => {
         revocations.set(revocation.lease.id, revocation)
@@ -176,7 +180,9 @@ export function createAuthorize(deps: AuthorizeDeps) {
       await stream.receive(async request => {
         const { kind } = request
         if (kind?.$case === 'questions') {
-          send({ $case: 'answers', value: { answers: await ask(kind.value.questions) } })
+          const { questions } = kind.value
+          const answers = await ask(questions).catch(error => undecided(questions, error))
+          send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
           send({ $case: 'answers', value: { answers: await renew(kind.value.connectionIds) } })
         } else if (kind?.$case === 'close') {
@@ -284,8 +290,34 @@ function answerOf(questionId: string, verdict: Verdict, decisionId: string, conn
     expiresAt: new Date(verdict.expiresAtMs),
     decisionId,
     connectionId,
+    retryAfter: undefined,
   }
 }
+
+/**
+ * Denials for questions that can't be decided now: an outage must not cost a device the connections that it holds.
+ *
+ * @throws what is not an outage but the caller's mistake, or a bug
+ */
+function undecided(questions: Question[], error: unknown): Answer[] {
+  const fault = isDatabaseOutage(error) ? databaseUnavailable(error) : error
+  if (!(fault instanceof Fault) || !passing.has(fault.code)) throw error
+  const { reason: code, message } = fault
+  const retryAfter = durationOf(fault.retryAfterMs ?? retryMs)
+  return questions.map(({ id }) => ({
+    questionId: id,
+    allowed: false,
+    reasons: [{ code, field: 'server', actual: 'unavailable', required: 'available', message }],
+    policyRevision: '',
+    expiresAt: undefined,
+    decisionId: '',
+    connectionId: '',
+    retryAfter,
+  }))
+}
+
+/** Codes of faults that pass by themselves. */
+const passing = new Set(['UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'ABORTED'])
 
 const openConnection = (lease: Lease) => ({
   connectionId: lease.id,

@@ -35,8 +35,14 @@ export type Decider = {
 /** Verdicts kept, about 3 kB each. */
 const verdictsMax = 50_000
 
-export function createDecider(options: { facts: Facts; engine: PolicyEngine; clock: Clock }): Decider {
-  const { facts, engine, clock } = options
+export function createDecider(options: {
+  facts: Facts
+  engine: PolicyEngine
+  clock: Clock
+  /** POLICY_ON_ERROR: whether verdicts that have not expired may be used up while the policy can't be evaluated. */
+  onError: 'deny' | 'last-known'
+}): Decider {
+  const { facts, engine, clock, onError } = options
   const verdicts = new LRUCache<string, Verdict>({ max: verdictsMax })
   const underWay = new Map<string, Promise<Verdict>>()
   let hits = 0
@@ -70,7 +76,7 @@ export function createDecider(options: { facts: Facts; engine: PolicyEngine; clo
         engine.revision(),
       ].join('|')
       const kept = verdicts.get(key)
-      if (kept && now < kept.expiresAtMs) {
+      if (kept && now < kept.expiresAtMs && (onError === 'last-known' || engine.ready())) {
         hits++
         return { verdict: kept, ground }
       }

@@ -8,6 +8,7 @@ import { Migrator } from '@mikro-orm/migrations'
 import type { EntityManager } from '@mikro-orm/postgresql'
 import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from '@mikro-orm/postgresql'
 import pg from 'pg'
+import { Fault } from '../fault.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
 
 export type { EntityManager }
@@ -54,6 +55,8 @@ export async function openDatabase(options: {
     extensions: [Migrator],
     pool: { min: 0, max: options.poolMax, idleTimeoutMillis: idleConnectionMs },
     driverOptions: {
+      // MikroORM reads host, port, user and database out of the URL and drops the rest, TLS among it; pg reads it all.
+      connectionString: options.url,
       connectionTimeoutMillis: connectTimeoutMs,
       maxLifetimeSeconds: connectionLifetimeSeconds,
       statement_timeout: statementTimeoutMs,
@@ -106,6 +109,16 @@ export function isDatabaseOutage(error: unknown): boolean {
   }
   return false
 }
+
+/** What a caller is told of an outage. */
+export function databaseUnavailable(cause: unknown): Fault {
+  return new Fault('UNAVAILABLE', 'DATABASE_UNAVAILABLE', 'the database can not be reached now; try again', {
+    retryAfterMs: databaseRetryMs,
+    cause,
+  })
+}
+
+const databaseRetryMs = 1_000
 
 // 08: connection, 53: out of resources, 57P: shutting down or starting up, 57014: timed out, 25006: read-only, 40: retry.
 const outageCodes =

@@ -7,6 +7,7 @@
  */
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
+import { durationOf } from '../duration.ts'
 import { Fault, invalidField } from '../fault.ts'
 import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { MessageStream } from '../message-stream.ts'
@@ -151,9 +152,4 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       }
     },
   }
-}
-
-function durationOf(ms: number): { seconds: number; nanos: number } {
-  const seconds = Math.floor(ms / 1_000)
-  return { seconds, nanos: Math.round((ms - seconds * 1_000) * 1e6) }
 }

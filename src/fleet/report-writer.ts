@@ -78,8 +78,8 @@ export function startReportWriter(options: {
 
   function flushSoon(): void {
     if (flushing) return
-    if (queue.length >= batchReportsMax) return flushNow()
-    timer ??= setTimeout(flushNow, flushDelayMs)
+    if (queue.length >= batchReportsMax) flushNow()
+    else timer ??= setTimeout(flushNow, flushDelayMs)
   }
 
   function flushNow(): void {

@@ -1,14 +1,14 @@
 /** How an error becomes what the caller sees: a canonical code, one sentence, and `google.rpc` details (AIP-193). */
 import { randomBytes } from 'node:crypto'
 import { Metadata, type StatusObject, status } from '@grpc/grpc-js'
-import { isDatabaseOutage } from '../db/orm.ts'
+import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
+import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { BadRequest, ErrorInfo, RetryInfo } from '../gen/google/rpc/error_details.ts'
 import { Status } from '../gen/google/rpc/status.ts'
 import type { Log } from '../telemetry/log.ts'
 
 const errorDomain = 'edgemesh.v1'
-const databaseRetryMs = 1_000
 
 /**
  * The fault that the caller is told of. A fault is told as it is; an outage of the database is UNAVAILABLE; everything
@@ -18,9 +18,7 @@ export function faultOf(error: unknown, log: Log): Fault | InternalError {
   if (error instanceof Fault) return error
   if (isDatabaseOutage(error)) {
     log.warn({ err: error }, 'database unavailable')
-    return new Fault('UNAVAILABLE', 'DATABASE_UNAVAILABLE', 'the database can not be reached now; try again', {
-      retryAfterMs: databaseRetryMs,
-    })
+    return databaseUnavailable(error)
   }
   const id = randomBytes(6).toString('hex')
   log.error({ err: error, errorId: id }, 'a call failed')
@@ -49,9 +47,7 @@ export function statusOf(fault: Fault | InternalError): StatusObject {
     details.push(packed('google.rpc.BadRequest', BadRequest, { fieldViolations }))
   }
   if (fault instanceof Fault && fault.retryAfterMs !== undefined) {
-    const seconds = Math.floor(fault.retryAfterMs / 1_000)
-    const nanos = Math.round((fault.retryAfterMs % 1_000) * 1e6)
-    details.push(packed('google.rpc.RetryInfo', RetryInfo, { retryDelay: { seconds, nanos } }))
+    details.push(packed('google.rpc.RetryInfo', RetryInfo, { retryDelay: durationOf(fault.retryAfterMs) }))
   }
   const encoded = Status.encode({ code, message: fault.message, details }).finish()
   metadata.set('grpc-status-details-bin', Buffer.from(encoded))

@@ -8,9 +8,8 @@
  */
 import { spawn } from 'node:child_process'
 import { mkdtemp, rm } from 'node:fs/promises'
-import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
-import { dirname, join } from 'node:path'
+import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { startEmbeddedPostgres } from '../../src/db/embedded.ts'
 import { createLog } from '../../src/telemetry/log.ts'
@@ -20,12 +19,8 @@ const given = process.env.DATABASE_URL ?? process.env.EDGEMESH_TEST_POSTGRES
 const postgres = given ? undefined : await startEmbeddedPostgres({ directory, log: createLog({ level: 'error' }) })
 const env = { ...process.env, EDGEMESH_TEST_POSTGRES: given ?? postgres?.url }
 
-const avaPackage = createRequire(import.meta.url).resolve('ava/package.json')
-const ava = join(dirname(avaPackage), 'entrypoints', 'cli.mjs')
-const child = spawn(process.execPath, [ava, '--tap', ...process.argv.slice(2)], {
-  env,
-  stdio: ['ignore', 'pipe', 'inherit'],
-})
+// npm has put node_modules/.bin on the path, and with it the node that is new enough.
+const child = spawn('ava', ['--tap', ...process.argv.slice(2)], { env, stdio: ['ignore', 'pipe', 'inherit'] })
 for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => child.kill(signal))
 
 const counts = { passed: 0, failed: 0, skipped: 0 }

@@ -20,6 +20,7 @@ import {
   type ServiceError,
   type UntypedServiceImplementation,
 } from "@grpc/grpc-js";
+import { Duration } from "../../google/protobuf/duration.ts";
 import { Timestamp } from "../../google/protobuf/timestamp.ts";
 import { Reason } from "./types.ts";
 
@@ -55,6 +56,8 @@ export interface Answer {
   decisionId: string;
   /** The lease; only on Authorize streams, only when allowed. */
   connectionId: string;
+  /** Set when the question could not be decided: how long to wait before asking again. */
+  retryAfter: Duration | undefined;
 }
 
 export interface CheckRequest {
@@ -263,6 +266,7 @@ function createBaseAnswer(): Answer {
     expiresAt: undefined,
     decisionId: "",
     connectionId: "",
+    retryAfter: undefined,
   };
 }
 
@@ -288,6 +292,9 @@ export const Answer: MessageFns<Answer> = {
     }
     if (message.connectionId !== "") {
       writer.uint32(58).string(message.connectionId);
+    }
+    if (message.retryAfter !== undefined) {
+      Duration.encode(message.retryAfter, writer.uint32(66).fork()).join();
     }
     return writer;
   },
@@ -361,6 +368,14 @@ export const Answer: MessageFns<Answer> = {
             message.connectionId = reader.string();
             continue;
           }
+          case 8: {
+            if (tag !== 66) {
+              break;
+            }
+
+            message.retryAfter = Duration.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -396,6 +411,9 @@ export const Answer: MessageFns<Answer> = {
     if (message.connectionId !== "") {
       obj.connectionId = message.connectionId;
     }
+    if (message.retryAfter !== undefined) {
+      obj.retryAfter = Duration.toJSON(message.retryAfter);
+    }
     return obj;
   },
 
@@ -411,6 +429,9 @@ export const Answer: MessageFns<Answer> = {
     message.expiresAt = object.expiresAt ?? undefined;
     message.decisionId = object.decisionId ?? "";
     message.connectionId = object.connectionId ?? "";
+    message.retryAfter = (object.retryAfter !== undefined && object.retryAfter !== null)
+      ? Duration.fromPartial(object.retryAfter)
+      : undefined;
     return message;
   },
 };
@@ -1576,6 +1597,9 @@ export const AuthorizeServiceService = {
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
    * Ending the stream closes its leases.
+   *
+   * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
+   * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.
    */
   authorize: {
     path: "/edgemesh.v1.AuthorizeService/Authorize" as const,
@@ -1596,6 +1620,9 @@ export interface AuthorizeServiceServer extends UntypedServiceImplementation {
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
    * Ending the stream closes its leases.
+   *
+   * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
+   * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.
    */
   authorize: handleBidiStreamingCall<AuthorizeRequest, AuthorizeResponse>;
 }
@@ -1622,6 +1649,9 @@ export interface AuthorizeServiceClient extends Client {
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
    * Ending the stream closes its leases.
+   *
+   * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
+   * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.
    */
   authorize(): ClientDuplexStream<AuthorizeRequest, AuthorizeResponse>;
   authorize(options: Partial<CallOptions>): ClientDuplexStream<AuthorizeRequest, AuthorizeResponse>;

@@ -1,0 +1,46 @@
+import test from 'ava'
+import { auditEntities } from '../../src/audit/entities.ts'
+import { isDatabaseOutage, openDatabase } from '../../src/db/orm.ts'
+import { testDatabase } from '../support/postgres.ts'
+
+test('a database URL that demands TLS is not answered in plain text', async t => {
+  const { url, pool } = await testDatabase(t)
+  const { rows } = await pool.query<{ ssl: string }>("select current_setting('ssl') as ssl")
+  if (rows[0]?.ssl === 'on') return t.pass('skipped: the server of this run speaks TLS')
+  const demanding = new URL(url)
+  demanding.searchParams.set('sslmode', 'require')
+  const db = await openDatabase({ url: demanding.href, poolMax: 1, entities: auditEntities })
+  t.teardown(() => db.close())
+  await t.throwsAsync(db.pool.query('select 1'), { message: /does not support SSL/ })
+  await t.throwsAsync(db.em().execute('select 1'), { message: /does not support SSL/ })
+})
+
+test('several instances that start at once migrate an empty database exactly once', async t => {
+  const { url, pool } = await testDatabase(t)
+  await pool.query('drop schema public cascade')
+  await pool.query('create schema public')
+  const instances = await Promise.all(
+    [1, 2, 3, 4].map(() => openDatabase({ url, poolMax: 2, entities: auditEntities })),
+  )
+  t.teardown(() => Promise.all(instances.map(db => db.close())))
+  const applied = await Promise.all(instances.map(db => db.migrate()))
+  t.deepEqual(applied.flat(), ['0001-first'])
+  t.deepEqual(await instances[0]?.migrations(), { applied: ['0001-first'], pending: [] })
+})
+
+test('a migration can be taken back and applied again', async t => {
+  const db = await testDatabase(t)
+  t.deepEqual(await db.migrateDown(), ['0001-first'])
+  const { rows } = await db.pool.query("select to_regclass('devices') as devices")
+  t.is(rows[0].devices, null)
+  t.deepEqual(await db.migrate(), ['0001-first'])
+})
+
+test('a server that is gone is told from a statement that is wrong', async t => {
+  const { pool } = await testDatabase(t)
+  const wrong = await t.throwsAsync(pool.query('select nonsense'))
+  t.false(isDatabaseOutage(wrong))
+  const gone = await openDatabase({ url: 'postgresql://nobody@127.0.0.1:1/none', poolMax: 1, entities: auditEntities })
+  t.teardown(() => gone.close())
+  t.true(isDatabaseOutage(await t.throwsAsync(gone.pool.query('select 1'))))
+})
