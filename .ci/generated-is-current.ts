@@ -9,6 +9,7 @@ const stale: string[] = []
 try {
   cpSync('src/gen', join(scratch, 'committed'), { recursive: true })
   execFileSync('buf', ['generate', '--output', scratch], { stdio: 'inherit' })
+  execFileSync(process.execPath, ['.ci/build-descriptors.ts', join(scratch, 'src/gen')], { stdio: 'inherit' })
   const [committed, made] = [join(scratch, 'committed'), join(scratch, 'src/gen')]
   for (const file of new Set([...filesOf(committed), ...filesOf(made)])) {
     if (read(join(committed, file)) !== read(join(made, file))) stale.push(file)
@@ -24,12 +25,12 @@ if (stale.length > 0) {
 }
 
 function filesOf(directory: string): string[] {
-  return readdirSync(directory, { recursive: true, encoding: 'utf8' }).filter(name => name.endsWith('.ts'))
+  return readdirSync(directory, { recursive: true, encoding: 'utf8' }).filter(name => /\.(ts|binpb)$/.test(name))
 }
 
 function read(path: string): string | undefined {
   try {
-    return readFileSync(path, 'utf8')
+    return readFileSync(path, 'latin1')
   } catch {
     return undefined
   }

@@ -43,6 +43,7 @@ import { createStanding } from './identity/standing.ts'
 import { createTrustBundleSource } from './identity/trust-bundle.ts'
 import { createDispatch } from './rpc/dispatch.ts'
 import { rateLimit } from './rpc/limits.ts'
+import { certificateExpired } from './rpc/peer.ts'
 import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
 import type { Settings } from './settings.ts'
@@ -81,6 +82,9 @@ const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
 const partitionMaintenanceMs = 3_600_000
 const dayMs = 86_400_000
+/** How often open streams are looked through for certificates that have expired: tens of microseconds each time. */
+const expirySweepMs = 500
+const recheckRetryMs = 500
 /** What a part may take to stop beyond the time to drain: work that waits for a database that is away is given up. */
 const stopMarginMs = 2_000
 
@@ -245,6 +249,11 @@ async function compose(
     onCall: metrics.call,
   })
   cutRevoked(feed, standing, dispatch, trustBundle, log)
+  const expiring = setInterval(() => {
+    const now = clock()
+    dispatch.cut(caller => caller.notAfter <= now, certificateExpired())
+  }, expirySweepMs)
+  stops.push(() => clearInterval(expiring))
   const enrollDeps: EnrollDeps = {
     db,
     issuance,
@@ -257,7 +266,6 @@ async function compose(
     limit: rateLimit('RATE_LIMIT_ENROLLMENTS', settings.rateLimits.enrollments),
     onEnrollment: metrics.enrollment,
   }
-  const currentBundle = await trustBundle.current()
   const health = addServices(
     dispatch,
     {
@@ -272,7 +280,7 @@ async function compose(
         clock,
         instanceId,
         tokenSecret: settings.identity.enrollmentTokenSecret,
-        authority: authorityState(authority, currentBundle),
+        authority: authorityState(authority, trustBundle),
         policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },
       }),
     },
@@ -382,29 +390,34 @@ function cutRevoked(
   log: Log,
 ): void {
   const recheck = (concerns: Set<string> | undefined) => {
-    trustBundle.invalidate()
     for (const caller of dispatch.callers(concerns)) {
       standing.demand(caller).catch(error => {
         if (error instanceof Fault && error.code === 'UNAUTHENTICATED') {
           dispatch.cut(other => other.serial === caller.serial, error)
-        } else log.debug({ err: error }, 'a certificate could not be looked at again')
+        } else {
+          // As long as its calls are open, it is not known that they may be.
+          log.debug({ err: error }, 'a certificate could not be looked at again yet')
+          setTimeout(() => recheck(new Set([`${caller.kind}:${caller.id}`])), recheckRetryMs).unref()
+        }
       })
     }
   }
   feed.onChange(keys => {
     const concerns = new Set(keys.filter(key => /^(device|operator|service):/.test(key)))
-    if (concerns.size > 0) recheck(concerns)
+    if (concerns.size === 0) return
+    trustBundle.invalidate()
+    recheck(concerns)
   })
-  feed.onReset(() => recheck(undefined))
+  feed.onReset(() => {
+    trustBundle.invalidate()
+    recheck(undefined)
+  })
 }
 
-function authorityState(
-  authority: Authority,
-  bundle: Awaited<ReturnType<ReturnType<typeof createTrustBundleSource>['current']>>,
-) {
+function authorityState(authority: Authority, trustBundle: ReturnType<typeof createTrustBundleSource>) {
   return {
     rootKeySha256: authority.rootKeySha256,
-    trustBundle: () => bundle,
+    trustBundle: trustBundle.current,
     rootNotAfter: authority.issuer.notAfter,
     intermediateNotAfter: authority.issuer.notAfter,
   }

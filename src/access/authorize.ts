@@ -24,6 +24,7 @@ import type { MessageStream } from '../message-stream.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import type { Facts } from './facts.ts'
 import { connectionEntry, type Lease, type Leases, type Revocation } from './leases.ts'
+import type { PolicyReason } from './policy-engine.ts'
 
 export type AuthorizeDeps = {
   facts: Facts
@@ -92,6 +93,8 @@ export function createAuthorize(deps: AuthorizeDeps) {
     call.audit.target = `device/${deviceId}`
     /** The leases of this stream, by connection id. */
     const held = new Map<string, Lease>()
+    /** Once the stream has ended; questions may still be under way. */
+    let over = false
     const send = (kind: NonNullable<AuthorizeResponse['kind']>) =>
       stream.send({ kind, serverTime: new Date(deps.clock()) })
 
@@ -104,7 +107,6 @@ export function createAuthorize(deps: AuthorizeDeps) {
 
     async function ask(questions: Question[]): Promise<Answer[]> {
       const startedAt = performance.now()
-      bounded('questions.questions', questions.length)
       const asked = questions.map((question, at) => checkQuestion(question, deviceId, `questions.questions[${at}]`))
       if (held.size + asked.length > leasesPerStreamMax) {
         const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
@@ -116,8 +118,9 @@ export function createAuthorize(deps: AuthorizeDeps) {
         revocations.set(revocation.lease.id, revocation)
         revoked(revocation)
       }
-      const decided = await Promise.all(
+      const decided = await allOrNone(
         asked.map((question, at) => decideAndLease(deps, question, questions[at]?.id ?? '', push)),
+        ({ lease }) => lease && deps.leases.drop(lease),
       )
       const decision = decisionEntry(call, deviceId, decided, startedAt)
       const entries = [decision.entry]
@@ -143,7 +146,11 @@ export function createAuthorize(deps: AuthorizeDeps) {
           const { reasons, policyRevision, decisionId } = revocation
           return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
         }
-        if (lease) held.set(lease.id, lease)
+        if (lease) {
+          held.set(lease.id, lease)
+          // A stream that was cut while this was decided holds nothing any more, and nobody will end it there.
+          if (over) close([lease.id])
+        }
         return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
       })
     }
@@ -157,23 +164,28 @@ export function createAuthorize(deps: AuthorizeDeps) {
       })
     }
 
-    /** Asks again for what is held; a renewed lease keeps its id. */
-    async function renew(ids: string[]): Promise<Answer[]> {
+    /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
+    function renew(ids: string[]): Promise<Answer[]> {
       bounded('renew.connection_ids', ids.length)
-      const leases = ids.map((id, at) => {
-        const lease = held.get(id)
-        if (!lease) throw invalidField(`renew.connection_ids[${at}]`, 'is not held on this stream')
-        return lease
-      })
-      return Promise.all(
-        leases.map(async lease => {
-          const { verdict } = await deps.decider.decide(lease.question)
-          // A denial is not told here: the lease's own watch finds it and pushes the revocation, once.
-          const allow = verdict.allow && lease.state === 'active'
-          if (allow) lease.expiresAtMs = verdict.expiresAtMs
-          return answerOf(lease.questionId, { ...verdict, allow }, lease.decisionId, allow ? lease.id : '')
-        }),
-      )
+      return Promise.all(ids.map(id => renewOne(id, held.get(id))))
+    }
+
+    async function renewOne(id: string, lease: Lease | undefined): Promise<Answer> {
+      if (!lease) return { ...denial('', notHeld), connectionId: id }
+      const { questionId, decisionId } = lease
+      try {
+        const { verdict } = await deps.decider.decide(lease.question)
+        // A denial is told here and pushed by the lease's own watch: whichever comes first ends the connection.
+        const allow = verdict.allow && lease.state === 'active'
+        if (allow) lease.expiresAtMs = verdict.expiresAtMs
+        return answerOf(questionId, { ...verdict, allow }, decisionId, id)
+      } catch (error) {
+        // It stands as it stood: its watch goes on trying, and gives it up when the grace time is over.
+        const { retryAfter, policyRevision } = undecided(questionId, error)
+        const expiresAt = new Date(lease.expiresAtMs)
+        const allowed = lease.state === 'active'
+        return { questionId, allowed, reasons: [], policyRevision, expiresAt, decisionId, connectionId: id, retryAfter }
+      }
     }
 
     try {
@@ -181,7 +193,8 @@ export function createAuthorize(deps: AuthorizeDeps) {
         const { kind } = request
         if (kind?.$case === 'questions') {
           const { questions } = kind.value
-          const answers = await ask(questions).catch(error => undecided(questions, error))
+          bounded('questions.questions', questions.length)
+          const answers = await ask(questions).catch(error => questions.map(({ id }) => undecided(id, error)))
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
           send({ $case: 'answers', value: { answers: await renew(kind.value.connectionIds) } })
@@ -194,9 +207,20 @@ export function createAuthorize(deps: AuthorizeDeps) {
         }
       })
     } finally {
+      over = true
       for (const lease of held.values()) deps.leases.close(lease)
       held.clear()
     }
+  }
+}
+
+/** All results. If one fails, the others are undone once they are there. @throws the first failure */
+async function allOrNone<T>(work: Promise<T>[], undo: (done: T) => void): Promise<T[]> {
+  try {
+    return await Promise.all(work)
+  } catch (error) {
+    for (const outcome of await Promise.allSettled(work)) if (outcome.status === 'fulfilled') undo(outcome.value)
+    throw error
   }
 }
 
@@ -295,25 +319,40 @@ function answerOf(questionId: string, verdict: Verdict, decisionId: string, conn
 }
 
 /**
- * Denials for questions that can't be decided now: an outage must not cost a device the connections that it holds.
+ * The denial of a question that can't be decided now: an outage must not cost a device the connections that it holds.
  *
  * @throws what is not an outage but the caller's mistake, or a bug
  */
-function undecided(questions: Question[], error: unknown): Answer[] {
+function undecided(questionId: string, error: unknown): Answer {
   const fault = isDatabaseOutage(error) ? databaseUnavailable(error) : error
   if (!(fault instanceof Fault) || !passing.has(fault.code)) throw error
   const { reason: code, message } = fault
-  const retryAfter = durationOf(fault.retryAfterMs ?? retryMs)
-  return questions.map(({ id }) => ({
-    questionId: id,
+  return {
+    ...denial(questionId, { code, field: 'server', actual: 'unavailable', required: 'available', message }),
+    retryAfter: durationOf(fault.retryAfterMs ?? retryMs),
+  }
+}
+
+/** A denial that policy has no part in. */
+function denial(questionId: string, reason: PolicyReason): Answer {
+  return {
+    questionId,
     allowed: false,
-    reasons: [{ code, field: 'server', actual: 'unavailable', required: 'available', message }],
+    reasons: [reason],
     policyRevision: '',
     expiresAt: undefined,
     decisionId: '',
     connectionId: '',
-    retryAfter,
-  }))
+    retryAfter: undefined,
+  }
+}
+
+const notHeld: PolicyReason = {
+  code: 'CONNECTION_NOT_HELD',
+  field: 'renew.connection_ids',
+  actual: 'ended',
+  required: 'held on this stream',
+  message: 'The connection has ended; ask anew.',
 }
 
 /** Codes of faults that pass by themselves. */

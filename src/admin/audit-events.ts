@@ -21,8 +21,11 @@ const time = z
   .min(new Date('0001-01-01T00:00:00Z'))
   .max(new Date('9999-12-31T23:59:59.999Z'))
 
+/** As `toISOString` writes it, and of a year that PostgreSQL knows: it has no year 0. */
+const tokenTime = z.iso.datetime({ precision: 3 }).refine(text => !text.startsWith('0000'))
+
 const searchRequest = z.object({
-  ...page(z.tuple([z.iso.datetime(), z.guid()])),
+  ...page(z.tuple([tokenTime, z.guid()])),
   actor: filter,
   method: filter,
   target: filter,

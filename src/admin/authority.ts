@@ -11,7 +11,7 @@ import type { TrustBundle } from '../gen/edgemesh/v1/types.ts'
 export type AuthorityState = {
   /** SHA-256 of the root's SubjectPublicKeyInfo, lower-case hex. */
   rootKeySha256: string
-  trustBundle(): TrustBundle
+  trustBundle(): Promise<TrustBundle>
   rootNotAfter: Date
   intermediateNotAfter: Date
 }
@@ -21,7 +21,7 @@ export function authorityHandlers({ authority }: { authority: AuthorityState }) 
     async getAuthority(_request: GetAuthorityRequest, call: Call): Promise<GetAuthorityResponse> {
       call.audit.target = 'authority'
       return {
-        trustBundle: authority.trustBundle(),
+        trustBundle: await authority.trustBundle(),
         rootNotAfter: authority.rootNotAfter,
         intermediateNotAfter: authority.intermediateNotAfter,
         rotationStage: AuthorityRotationStage.STABLE,

@@ -75,7 +75,8 @@ export function startJournal(options: {
         options.onCommit?.(rows, (performance.now() - startedAt) / 1_000)
         for (const append of batch) append.resolve()
       } catch (error) {
-        if (isDatabaseOutage(error)) await postpone(batch, error)
+        if (options.pool.ending) giveUp([...batch, ...queue.splice(0)], error)
+        else if (isDatabaseOutage(error)) await postpone(batch, error)
         else await commitOneByOne(batch)
       }
     }
@@ -124,6 +125,12 @@ export function startJournal(options: {
         append.reject(error)
       }
     }
+  }
+
+  /** The service stops, and the database has not come back in time. */
+  function giveUp(appends: readonly Append[], error: unknown): void {
+    options.log.error({ err: error, appends: appends.length }, 'stopping without having written the whole journal')
+    for (const append of appends) append.reject(error)
   }
 
   async function postpone(batch: readonly Append[], error: unknown): Promise<void> {

@@ -79,16 +79,19 @@ export async function startChangeFeed(options: {
   const tickPrefix = `tick:${options.instanceId}:`
   let client: pg.Client | undefined
   let newestTickSentAt = 0
+  /** Whether a tick has come back on the connection that there is now. */
+  let isVouchedFor = false
   let stopped = false
   let reconnectTimer: NodeJS.Timeout | undefined
   let failures = 0
 
-  const isLive = () => clock() - newestTickSentAt < behindAfterMs
+  const isLive = () => isVouchedFor && clock() - newestTickSentAt < behindAfterMs
 
   function receive(payload: string): void {
     if (payload.startsWith('tick:')) {
       if (!payload.startsWith(tickPrefix)) return
       newestTickSentAt = Number(payload.slice(tickPrefix.length))
+      isVouchedFor = true
       if (isLive()) {
         for (const resume of waiting) resume()
         waiting.clear()
@@ -126,13 +129,14 @@ export async function startChangeFeed(options: {
     client = next
     failures = 0
     for (const listener of resetListeners) listener()
-    await tick(next)
+    // From here on the connection is in use: should it fail, `lost` makes the next one.
+    await tick(next).catch(error => lost(next, error))
   }
 
   function lost(which: pg.Client, error: Error): void {
     if (which !== client || stopped) return
     client = undefined
-    newestTickSentAt = 0
+    isVouchedFor = false
     options.log.warn({ err: error }, 'change feed lost; nothing is decided from memory until it is back')
     which.end().catch(() => {})
     reconnectSoon()

@@ -98,7 +98,8 @@ export function startReportWriter(options: {
         await commit(batch.map(waiting => waiting.report))
         break
       } catch (error) {
-        if (!isDatabaseOutage(error)) {
+        // Whoever closes the pool has waited for as long as it could.
+        if (!isDatabaseOutage(error) || pool.ending) {
           log.error({ err: error, reports: batch.length }, 'a batch of reports was refused by the database')
           for (const { reject } of batch) reject(error)
           return

@@ -87,7 +87,8 @@ export function createIssuance(options: {
   }
 }
 
-/** When to renew: two thirds into the life of the certificate. */
+/** When to renew: two thirds into the life of the certificate, which begins when it is issued, not when it is dated. */
 export function renewAfter({ notBefore, notAfter }: { notBefore: Date; notAfter: Date }): Date {
-  return new Date(notBefore.getTime() + ((notAfter.getTime() - notBefore.getTime()) * 2) / 3)
+  const issuedAt = notBefore.getTime() + backdateMs
+  return new Date(issuedAt + ((notAfter.getTime() - issuedAt) * 2) / 3)
 }

@@ -24,8 +24,10 @@ export function createTrustBundleSource(options: {
   let list: { der: Promise<Buffer>; until: number } | undefined
 
   async function signList(now: number): Promise<Buffer> {
-    const { rows } = await db.pool.query<{ serial: string; revoked_at: Date }>(
-      'select serial, revoked_at from certificates where revoked_at is not null and not_after > $1',
+    // As a number: MikroORM has the pool hand out timestamps as text.
+    const { rows } = await db.pool.query<{ serial: string; revokedAtMs: number }>(
+      `select serial, (extract(epoch from revoked_at) * 1000)::float8 as "revokedAtMs" from certificates
+       where revoked_at is not null and not_after > $1`,
       [new Date(now)],
     )
     return authority.issueCrl({
@@ -33,7 +35,7 @@ export function createTrustBundleSource(options: {
       number: now,
       thisUpdate: new Date(now),
       nextUpdate: new Date(now + listValidMs),
-      revoked: rows.map(row => ({ serialHex: row.serial, revokedAt: row.revoked_at })),
+      revoked: rows.map(row => ({ serialHex: row.serial, revokedAt: new Date(row.revokedAtMs) })),
     })
   }
 

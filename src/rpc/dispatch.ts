@@ -191,8 +191,10 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       const { peer, call, opened } = begin(grpcCall, method)
       try {
         await admit(peer, call, access)
+        if (call.caller.kind !== 'anonymous') call.audit.target = `${call.caller.kind}/${call.caller.id}`
         call.audit.detail = { stream: 'opened' }
         await journal.append([callEntry(call, { code: 'OK' })])
+        call.audit.detail = { stream: 'ended' }
         await handle(messageStream(grpcCall, call), call)
         journal.appendLater([callEntry({ ...call, startedAt: clock() }, { code: 'OK', reason: 'STREAM_ENDED' })])
         options.onCall(method, 'OK')
@@ -218,15 +220,17 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     return (grpcCall: any, callback: any) => {
       const { peer, call, opened } = begin(grpcCall, method)
       open.delete(opened)
-      admit(peer, call, access).then(
-        // biome-ignore lint/suspicious/noExplicitAny: as above
-        () => (handle as any)(grpcCall, callback),
-        async error => {
+      admit(peer, call, access)
+        .then(() => {
+          wellFormed(grpcCall.request)
+          // biome-ignore lint/suspicious/noExplicitAny: as above
+          ;(handle as any)(grpcCall, callback)
+        })
+        .catch(async error => {
           const refusal = statusOf(await auditFailure(call, error))
           if (callback) callback(refusal)
           else grpcCall.emit('error', refusal)
-        },
-      )
+        })
     }
   }
 
@@ -328,12 +332,16 @@ function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Cal
       return new Promise((resolve, reject) => {
         let underWay = 0
         let ended = false
+        let failed = false
         const fail = (error: unknown) => {
+          failed = true
           grpcCall.pause()
           reject(error)
         }
         const done = () => {
           underWay--
+          // What follows a message that was refused is not taken, even if it has arrived.
+          if (failed) return
           if (ended && underWay === 0) resolve()
           else if (grpcCall.isPaused() && underWay < messagesUnderWayMax) grpcCall.resume()
         }
@@ -345,6 +353,7 @@ function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Cal
           if (underWay === 0) resolve()
         })
         grpcCall.on('data', message => {
+          if (failed) return
           if (grpcCall.writableLength > messagesUnreadMax) {
             return fail(new Fault('RESOURCE_EXHAUSTED', 'NOT_READING', 'the answers on this stream are not being read'))
           }

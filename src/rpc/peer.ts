@@ -2,7 +2,7 @@
  * Who is at the other end of a connection: its certificate, read and verified once, when the handshake is over.
  *
  * OpenSSL has verified the chain, the dates and the purpose by then; what it found is kept as the reason why calls
- * that need an identity are refused. Dates are looked at again with each call, because streams outlive certificates.
+ * that need an identity are refused. Dates are looked at again with each call, because connections outlive certificates.
  */
 import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
@@ -27,7 +27,7 @@ export function readPeer(socket: TLSSocket, trustDomain: string): Peer {
 export function demandIdentity(peer: Peer, nowMs: number): Identified {
   const { identity } = peer
   if ('refused' in identity) throw new Fault('UNAUTHENTICATED', identity.refused, identity.message)
-  if (identity.notAfter <= nowMs) throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_EXPIRED', expired)
+  if (identity.notAfter <= nowMs) throw certificateExpired()
   return identity
 }
 
@@ -38,6 +38,10 @@ export function callerOf(peer: Peer, nowMs: number): Caller {
 }
 
 const expired = 'the client certificate has expired: renew it, or enroll again'
+
+export function certificateExpired(): Fault {
+  return new Fault('UNAUTHENTICATED', 'CERTIFICATE_EXPIRED', expired)
+}
 
 /** What OpenSSL says, as stable reasons. Whatever is not listed means that the chain does not lead to our root. */
 const refusals: Record<string, PeerRefusal> = {

@@ -1,11 +1,10 @@
 /** What the port serves: every method, who may call it, and where its story is told. */
-import { createRequire } from 'node:module'
-import { dirname, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
+import { readFileSync } from 'node:fs'
+import { BinaryReader } from '@bufbuild/protobuf/wire'
 import type { Server, ServiceDefinition, UntypedServiceImplementation } from '@grpc/grpc-js'
-import { loadSync } from '@grpc/proto-loader'
+import type { PackageDefinition } from '@grpc/proto-loader'
 import { ReflectionService } from '@grpc/reflection'
-import { HealthImplementation, protoPath as healthProtoPath } from 'grpc-health-check'
+import { HealthImplementation } from 'grpc-health-check'
 import type { createAuthorize, createCheck } from '../access/authorize.ts'
 import type { Call } from '../caller.ts'
 import type { Heartbeats } from '../fleet/heartbeat.ts'
@@ -31,8 +30,6 @@ export type Handlers = {
 
 export type HealthStatus = { setServing(serving: boolean): void }
 
-const protoDirectory = join(dirname(fileURLToPath(import.meta.url)), '../../proto')
-const protoFiles = ['enroll', 'authorize', 'heartbeat', 'admin'].map(name => `edgemesh/v1/${name}.proto`)
 const serviceNames = ['Enroll', 'Authorize', 'Heartbeat', 'Admin'].map(name => `edgemesh.v1.${name}Service`)
 
 /** Adds all services to the dispatch. @returns what `grpc.health.v1` says */
@@ -91,15 +88,27 @@ function addHealth(dispatch: Dispatch): HealthStatus {
   }
 }
 
+/**
+ * Reflection, from what buf has compiled (`npm run generate`): proto-loader compiles too, but the descriptors that it
+ * makes name types in a way that grpcurl can't follow.
+ */
 function addReflection(dispatch: Dispatch): void {
-  const includeDirs = [protoDirectory, dirname(healthProtoPath), wellKnownTypes()]
-  const definitions = loadSync([...protoFiles, healthProtoPath], { includeDirs, keepCase: true })
+  const fileDescriptorProtos = ['edgemesh', 'health', 'errors'].flatMap(name =>
+    filesOf(readFileSync(new URL(`../gen/${name}.binpb`, import.meta.url))),
+  )
+  const definitions = { all: { fileDescriptorProtos } } as unknown as PackageDefinition
   new ReflectionService(definitions).addToServer(foreign(dispatch, 'identified'))
 }
 
-/** protobufjs carries google.protobuf's own files; proto-loader looks for them by path. */
-function wellKnownTypes(): string {
-  return dirname(createRequire(import.meta.url).resolve('protobufjs/package.json'))
+/** The files of a google.protobuf.FileDescriptorSet, each as it was encoded. */
+function filesOf(descriptorSet: Uint8Array): Buffer[] {
+  const reader = new BinaryReader(descriptorSet)
+  const files: Buffer[] = []
+  while (reader.pos < reader.len) {
+    reader.uint32() // always field 1, `repeated FileDescriptorProto file`
+    files.push(Buffer.from(reader.bytes()))
+  }
+  return files
 }
 
 /** Others' services come to the server through our dispatch, so that they are admitted like ours. */

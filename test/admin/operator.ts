@@ -11,7 +11,7 @@ export const tokenSecret = 'a secret of tests that is long enough'
 
 const authority: AdminDeps['authority'] = {
   rootKeySha256: 'ab'.repeat(32),
-  trustBundle: () => ({
+  trustBundle: async () => ({
     rootsPem: ['root'],
     intermediatesPem: ['intermediate'],
     crlDer: Buffer.of(1),

@@ -9,7 +9,7 @@ import type {
 } from '../../src/gen/edgemesh/v1/authorize.ts'
 import type { HeartbeatRequest, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import type { Posture } from '../../src/gen/edgemesh/v1/types.ts'
-import { type EdgeMesh, eventually, refusal, type TestDevice } from './edgemesh.ts'
+import { type Credentials, type EdgeMesh, eventually, type Refusal, refusal } from './edgemesh.ts'
 
 export type HeartbeatClient = {
   /** Sends a message and waits until it is acknowledged. */
@@ -17,11 +17,11 @@ export type HeartbeatClient = {
   send(request: Partial<HeartbeatRequest>): void
   responses: HeartbeatResponse[]
   /** How the stream ended, once it has. */
-  ended: Promise<ReturnType<typeof refusal> | undefined>
+  ended: Promise<Refusal | undefined>
   end(): void
 }
 
-export function heartbeats(t: ExecutionContext, mesh: Pick<EdgeMesh, 'clients'>, device: TestDevice): HeartbeatClient {
+export function heartbeats(t: ExecutionContext, mesh: Pick<EdgeMesh, 'clients'>, device: Credentials): HeartbeatClient {
   const stream: ClientDuplexStream<HeartbeatRequest, HeartbeatResponse> = mesh.clients(device).heartbeat.heartbeat()
   const responses: HeartbeatResponse[] = []
   const ended = ending(stream)
@@ -56,14 +56,14 @@ export type AuthorizeClient = {
   revoked: ConnectionRevoked[]
   /** Waits for the revocation of a connection. */
   revocationOf(connectionId: string): Promise<ConnectionRevoked>
-  ended: Promise<ReturnType<typeof refusal> | undefined>
+  ended: Promise<Refusal | undefined>
   end(): void
 }
 
 export function authorizations(
   t: ExecutionContext,
   mesh: Pick<EdgeMesh, 'clients'>,
-  device: TestDevice,
+  device: Credentials,
 ): AuthorizeClient {
   const stream: ClientDuplexStream<AuthorizeRequest, AuthorizeResponse> = mesh.clients(device).authorize.authorize()
   const responses: AuthorizeResponse[] = []
@@ -98,9 +98,18 @@ export function authorizations(
 }
 
 function ending(stream: { on(event: 'error' | 'end', listener: (error: ServiceError) => void): unknown }) {
-  const ended = new Promise<ReturnType<typeof refusal> | undefined>(resolve => {
+  const ended = new Promise<Refusal | undefined>(resolve => {
     stream.on('error', error => resolve(refusal(error)))
     stream.on('end', () => resolve(undefined))
   })
   return ended
+}
+
+/** How a stream ends that has to. */
+export async function endOf({ ended }: { ended: Promise<Refusal | undefined> }): Promise<Refusal | undefined> {
+  let end: { how: Refusal | undefined } | undefined
+  ended.then(how => {
+    end = { how }
+  })
+  return (await eventually('the end of the stream', () => end)).how
 }

@@ -1,14 +1,15 @@
 /** A whole EdgeMesh in this process, on a database of its own, with an operator and as many devices as a test wants. */
 import { generateKeyPairSync } from 'node:crypto'
 import { type Client, credentials, Metadata, type ServiceError, status } from '@grpc/grpc-js'
-import type { ExecutionContext } from 'ava'
+import type { ExecutionContext, TestFn } from 'ava'
+import pg from 'pg'
 import { signingRequestFor } from '../../src/agent/csr.ts'
 import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture } from '../../src/gen/edgemesh/v1/types.ts'
-import { ErrorInfo } from '../../src/gen/google/rpc/error_details.ts'
+import { BadRequest, ErrorInfo, RetryInfo } from '../../src/gen/google/rpc/error_details.ts'
 import { Status } from '../../src/gen/google/rpc/status.ts'
 import { type RunningServer, startServer } from '../../src/server.ts'
 import { readSettings } from '../../src/settings.ts'
@@ -62,30 +63,60 @@ const generous = {
   RATE_LIMIT_HEALTH: '100000/minute',
 }
 
+/** What a server of a test needs beyond DATABASE_URL. */
+export const testEnvironment = {
+  ...secrets,
+  ...generous,
+  API_HOST: '127.0.0.1',
+  API_PORT: '0',
+  METRICS_HOST: '127.0.0.1',
+  METRICS_PORT: '0',
+  DRAIN_SECONDS: '1',
+}
+
 /** @param env settings beyond the defaults, by their variables */
-export async function startEdgeMesh(t: ExecutionContext, env: Record<string, string> = {}): Promise<EdgeMesh> {
-  const db = await testDatabase(t)
-  const settings = readSettings({
-    ...secrets,
-    ...generous,
-    DATABASE_URL: db.url,
-    API_HOST: '127.0.0.1',
-    API_PORT: '0',
-    METRICS_HOST: '127.0.0.1',
-    METRICS_PORT: '0',
-    DRAIN_SECONDS: '1',
-    ...env,
-  })
-  const log = createLog({ level: (process.env.LOG_LEVEL?.toLowerCase() as 'info' | undefined) ?? 'fatal' })
+export async function startEdgeMesh(
+  t: ExecutionContext,
+  env: Record<string, string> = {},
+  log = createLog({ level: (process.env.LOG_LEVEL?.toLowerCase() as 'info' | undefined) ?? 'fatal' }),
+): Promise<EdgeMesh> {
+  const db = env.DATABASE_URL ? { url: env.DATABASE_URL, pool: poolOf(t, env.DATABASE_URL) } : await testDatabase(t)
+  const settings = readSettings({ ...testEnvironment, DATABASE_URL: db.url, ...env })
   const server = await startServer({ settings, log })
   t.teardown(() => server.stop())
   return { ...(await connect(t, server, `127.0.0.1:${server.apiPort}`)), pool: db.pool, databaseUrl: db.url }
 }
 
+/** The same for all tests of a file: started before the first, stopped after the last. */
+export function sharedEdgeMesh(test: TestFn, env: Record<string, string> = {}): () => EdgeMesh {
+  const ends: (() => unknown)[] = []
+  const file = { teardown: (end: () => unknown) => void ends.push(end) } as unknown as ExecutionContext
+  let mesh: EdgeMesh | undefined
+  test.serial.before(async () => {
+    mesh = await startEdgeMesh(file, env)
+  })
+  test.after.always(async () => {
+    for (const end of ends.reverse()) await end()
+  })
+  return () => {
+    if (!mesh) throw new Error('the server starts before the first test')
+    return mesh
+  }
+}
+
+/** Another instance on the database of `mesh`, with an operator of its own. */
+export function startSecondInstance(
+  t: ExecutionContext,
+  mesh: EdgeMesh,
+  env: Record<string, string> = {},
+): Promise<EdgeMesh> {
+  return startEdgeMesh(t, { ...env, DATABASE_URL: mesh.databaseUrl })
+}
+
 /** The operator and the clients of a server that runs at `address`. */
 export async function connect(
   t: ExecutionContext,
-  server: Pick<RunningServer, 'rootsPem' | 'issueOperator'> & RunningServer,
+  server: RunningServer,
   address: string,
 ): Promise<Omit<EdgeMesh, 'pool' | 'databaseUrl'>> {
   const anonymous = { rootsPem: server.rootsPem }
@@ -119,7 +150,15 @@ export async function connect(
   }
 }
 
-const noTokenRequest: CreateEnrollmentTokenRequest = {
+function poolOf(t: ExecutionContext, connectionString: string): pg.Pool {
+  const pool = new pg.Pool({ connectionString, max: 2 })
+  // The database may go away while nobody asks anything; who asks next is told.
+  pool.on('error', () => {})
+  t.teardown(() => pool.end())
+  return pool
+}
+
+export const noTokenRequest: CreateEnrollmentTokenRequest = {
   usesMax: 0,
   lifetime: undefined,
   labels: {},
@@ -152,7 +191,7 @@ export function newKey(): string {
   return privateKey.export({ type: 'pkcs8', format: 'pem' }).toString()
 }
 
-function clientsOf(t: ExecutionContext, address: string, who: Credentials): Clients {
+export function clientsOf(t: ExecutionContext, address: string, who: Credentials): Clients {
   const pem = (text: string | undefined) => (text ? Buffer.from(text) : null)
   const channel = credentials.createSsl(Buffer.from(who.rootsPem), pem(who.keyPem), pem(who.certificatePem))
   // Node 26 takes no IP address as TLS server name.
@@ -196,20 +235,36 @@ type UnaryResponse<C, Method extends string> = C extends {
   ? Response
   : never
 
-/** What a caller is told: the code's name, and the stable reason from `google.rpc.ErrorInfo`. */
-export function refusal(error: unknown): { code: string; reason: string; message: string } {
+/** What a caller is told. */
+export type Refusal = {
+  code: string
+  /** The stable one, from `google.rpc.ErrorInfo`. */
+  reason: string
+  message: string
+  /** From `google.rpc.RetryInfo`, where there is one. */
+  retryAfterMs: number | undefined
+  /** The fields that are wrong, from `google.rpc.BadRequest`, as the proto spells them. */
+  fields: string[]
+}
+
+export function refusal(error: unknown): Refusal {
   const { code, details, metadata } = error as ServiceError
   const [encoded] = metadata?.get('grpc-status-details-bin') ?? []
-  let reason = ''
-  if (encoded) {
-    const info = Status.decode(encoded as Buffer).details.find(detail => detail.typeUrl.endsWith('ErrorInfo'))
-    if (info) reason = ErrorInfo.decode(info.value).reason
+  const packed = encoded ? Status.decode(encoded as Buffer).details : []
+  const detail = (name: string) => packed.find(({ typeUrl }) => typeUrl.endsWith(`.${name}`))?.value
+  const [info, retry, badRequest] = [detail('ErrorInfo'), detail('RetryInfo'), detail('BadRequest')]
+  const delay = retry && RetryInfo.decode(retry).retryDelay
+  return {
+    code: status[code] ?? String(code),
+    reason: info ? ErrorInfo.decode(info).reason : '',
+    message: details,
+    retryAfterMs: delay && delay.seconds * 1_000 + delay.nanos / 1e6,
+    fields: badRequest ? BadRequest.decode(badRequest).fieldViolations.map(({ field }) => field) : [],
   }
-  return { code: status[code] ?? String(code), reason, message: details }
 }
 
 /** Runs what has to be refused. */
-export async function refused(call: Promise<unknown>): Promise<ReturnType<typeof refusal>> {
+export async function refused(call: Promise<unknown>): Promise<Refusal> {
   try {
     await call
   } catch (error) {

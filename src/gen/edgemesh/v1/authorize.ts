@@ -54,7 +54,7 @@ export interface Answer {
     | undefined;
   /** The audit log holds the decision under this id. */
   decisionId: string;
-  /** The lease; only on Authorize streams, only when allowed. */
+  /** The lease, on Authorize streams: in answers to questions when allowed, in answers to a renewal always. */
   connectionId: string;
   /** Set when the question could not be decided: how long to wait before asking again. */
   retryAfter: Duration | undefined;
@@ -79,7 +79,7 @@ export interface AuthorizeRequest {
     /** Ask. */
     { $case: "questions"; value: Questions }
     | //
-    /** Keep leases beyond the user's work: answers as if asked anew. */
+    /** Keep leases: answered as if asked anew. One that has ended is denied with CONNECTION_NOT_HELD. */
     { $case: "renew"; value: RenewConnections }
     | //
     /** The connections have ended. */

@@ -1,0 +1,19 @@
+/** Writes what reflection serves, as buf compiles it, into the folder that is named: our protos, and others' that we serve. */
+import { execFileSync } from 'node:child_process'
+import { join } from 'node:path'
+
+const folder = process.argv[2] ?? 'src/gen'
+const inputs = {
+  edgemesh: ['proto'],
+  health: ['node_modules/grpc-health-check/proto'],
+  // The details of errors, so that grpcurl can show them.
+  errors: [
+    'node_modules/google-proto-files',
+    '--path',
+    'node_modules/google-proto-files/google/rpc/error_details.proto',
+  ],
+}
+for (const [name, input] of Object.entries(inputs)) {
+  const output = join(folder, `${name}.binpb`)
+  execFileSync('buf', ['build', ...input, '--exclude-source-info', '-o', output], { stdio: 'inherit' })
+}

@@ -1,0 +1,296 @@
+/**
+ * Authorization, from the device's side: questions, and the leases that the answers give.
+ *
+ *     const authorizations = openAuthorizations({ server, credentials, onRevoked: ({ connectionId }) => cut(connectionId) })
+ *     const [answer] = await authorizations.ask([{ user: 'ada', service: 'wiki' }])
+ *     if (answer?.allowed) connect(answer.connectionId)
+ *
+ * A connection that was allowed is a lease held on this stream. It ends when it is closed, when the server revokes it, or
+ * with the stream: whoever loses the stream cuts the connections that rested on it, and asks anew on the next.
+ */
+import { type Channel, Metadata, type ServiceError } from '@grpc/grpc-js'
+import { Fault, invalidField } from '../fault.ts'
+import {
+  type Answer,
+  type AuthorizeRequest,
+  type AuthorizeResponse,
+  AuthorizeServiceClient,
+  type CheckResponse,
+  type ConnectionRevoked,
+  type OpenConnection,
+  type Question,
+} from '../gen/edgemesh/v1/authorize.ts'
+import { answerOf, type Credentials, channelTo, endOf, type Server } from './channel.ts'
+
+export type { Answer, ConnectionRevoked, OpenConnection }
+
+export type AskedQuestion = {
+  /** Unique among what is in flight. Default: one that this side chooses. */
+  id?: string
+  /** The user's id or e-mail address. */
+  user: string
+  /** The service's id. */
+  service: string
+  /** Default `connect`. */
+  action?: string
+}
+
+export type AuthorizationStream = {
+  /** Answers in the order of the questions. Any number: they are sent in messages of as many as one may carry. */
+  ask(questions: AskedQuestion[]): Promise<Answer[]>
+  /** Asks anew for leases that would expire. Answers in the order of the ids; one that is not allowed has ended. */
+  renew(connectionIds: string[]): Promise<Answer[]>
+  /** The connections have ended. @returns the ids of those that were open */
+  closeConnections(connectionIds: string[]): Promise<string[]>
+  /** The leases that this stream holds. */
+  list(): Promise<OpenConnection[]>
+  /** Ends the stream, and with it all its leases. */
+  close(): Promise<void>
+  /** Resolves when the stream has ended: with the error, or with nothing when either side ended it in order. */
+  closed: Promise<ServiceError | undefined>
+}
+
+/** What one message may carry: the bound of the wire. */
+const itemsPerMessageMax = 128
+
+/** Answers take milliseconds at 100,000 questions a second; who waits for more than this has lost the server. */
+const questionsInFlightMax = 16_384
+
+type Waiting<T> = { resolve: (value: T) => void; reject: (error: Error) => void }
+
+export function openAuthorizations({
+  server,
+  credentials: { rootsPem, certificateChainPem, keyPem },
+  onRevoked,
+  onClosed,
+  channel,
+}: {
+  server: Server
+  credentials: Credentials
+  /** The ground of a lease has gone: cut the connection now. */
+  onRevoked: (revoked: ConnectionRevoked) => void
+  onClosed?: (error: ServiceError | undefined) => void
+  /** A connection to share, made by `openChannel`; left open. Default: one of its own. */
+  channel?: Channel
+}): AuthorizationStream {
+  const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
+  const client = new AuthorizeServiceClient(address, credentials, { ...options, channelOverride: channel })
+  const call = client.authorize()
+  const { closed, close } = endOf(call, () => {
+    if (!channel) client.close()
+  })
+
+  /** By question id. */
+  const asked = new Map<string, Waiting<Answer>>()
+  /** By connection id, with the id of the question that gave the lease. */
+  const renewing = new Map<string, Waiting<Answer> & { questionId: string | undefined }>()
+  /** The leases: connection id to question id. */
+  const leases = new Map<string, string>()
+  // Their answers name no request, so only one of each kind is in flight; the next waits.
+  let closing: Waiting<string[]> | undefined
+  let listing: Waiting<OpenConnection[]> | undefined
+  const closes = oneAtATime()
+  const lists = oneAtATime()
+  let ended = false
+  let questionsNumbered = 0
+
+  call.on('data', ({ kind }: AuthorizeResponse) => {
+    if (kind?.$case === 'answers') for (const answer of kind.value.answers) take(answer)
+    if (kind?.$case === 'revoked') revoke(kind.value)
+    if (kind?.$case === 'closed') {
+      for (const id of kind.value.connectionIds) leases.delete(id)
+      closing?.resolve(kind.value.connectionIds)
+      closing = undefined
+    }
+    if (kind?.$case === 'connections') {
+      listing?.resolve(kind.value.connections)
+      listing = undefined
+    }
+  })
+  closed.then(error => {
+    ended = true
+    for (const waiting of [...asked.values(), ...renewing.values(), closing, listing])
+      waiting?.reject(error ?? streamEnded())
+    asked.clear()
+    renewing.clear()
+    leases.clear()
+    onClosed?.(error)
+  })
+
+  /** Gives an answer to who waits for it: a renewal by its connection or, where that has ended, by its question. */
+  function take(answer: Answer): void {
+    if (answer.allowed && answer.connectionId) leases.set(answer.connectionId, answer.questionId)
+    const renewed = renewing.has(answer.connectionId) ? answer.connectionId : undefined
+    const question = renewed === undefined ? asked.get(answer.questionId) : undefined
+    if (question) {
+      asked.delete(answer.questionId)
+      question.resolve(answer)
+      return
+    }
+    const id = renewed ?? [...renewing].find(([, { questionId }]) => questionId === answer.questionId)?.[0]
+    if (id === undefined) return
+    const renewal = renewing.get(id)
+    renewing.delete(id)
+    if (!answer.allowed) leases.delete(id)
+    renewal?.resolve(answer)
+  }
+
+  function revoke(revoked: ConnectionRevoked): void {
+    const { connectionId, questionId, reasons, policyRevision, decisionId } = revoked
+    leases.delete(connectionId)
+    onRevoked(revoked)
+    // A renewal that crossed it on the way has its answer too.
+    const renewal = renewing.get(connectionId)
+    renewing.delete(connectionId)
+    renewal?.resolve({
+      questionId,
+      allowed: false,
+      reasons,
+      policyRevision,
+      expiresAt: undefined,
+      decisionId,
+      connectionId,
+      retryAfter: undefined,
+    })
+  }
+
+  function send(kind: NonNullable<AuthorizeRequest['kind']>): void {
+    demandOpen()
+    call.write({ kind })
+  }
+
+  function demandOpen(): void {
+    if (ended || call.writableEnded) throw streamEnded()
+  }
+
+  /** Gives ids to the questions that have none, so that every answer has one meaning. */
+  function numbered(questions: AskedQuestion[]): Question[] {
+    const given = new Set(questions.map(({ id }) => id))
+    return questions.map(({ id, user, service, action = '' }) => {
+      if (id) return { id, user, service, action }
+      do questionsNumbered += 1
+      while (given.has(`q${questionsNumbered}`) || asked.has(`q${questionsNumbered}`))
+      return { id: `q${questionsNumbered}`, user, service, action }
+    })
+  }
+
+  return {
+    closed,
+    close,
+
+    async ask(questions) {
+      demandOpen()
+      if (asked.size + questions.length > questionsInFlightMax) throw questionsUnanswered()
+      const sent = numbered(questions)
+      const ids = new Set(sent.map(({ id }) => id))
+      if (ids.size < sent.length || sent.some(({ id }) => asked.has(id))) {
+        throw invalidField('questions.id', 'has to be unique among the questions in flight')
+      }
+      const answers = sent.map(({ id }) => waitingIn(asked, id, {}))
+      for (const some of chunked(sent)) send({ $case: 'questions', value: { questions: some } })
+      return Promise.all(answers)
+    },
+
+    async renew(connectionIds) {
+      demandOpen()
+      const ids = [...new Set(connectionIds)]
+      // The server ends the stream of a client that renews what it does not hold.
+      const unknown = ids.find(id => !leases.has(id))
+      if (unknown !== undefined) throw invalidField('connection_ids', `${unknown} is not held on this stream`)
+      const busy = ids.find(id => renewing.has(id))
+      if (busy !== undefined) throw invalidField('connection_ids', `${busy} is being renewed already`)
+      const answers = new Map(ids.map(id => [id, waitingIn(renewing, id, { questionId: leases.get(id) })]))
+      for (const some of chunked(ids)) send({ $case: 'renew', value: { connectionIds: some } })
+      return Promise.all(connectionIds.map(id => answers.get(id)!))
+    },
+
+    async closeConnections(connectionIds) {
+      const closedIds = chunked([...new Set(connectionIds)]).map(some =>
+        closes(
+          () =>
+            new Promise<string[]>((resolve, reject) => {
+              send({ $case: 'close', value: { connectionIds: some } })
+              closing = { resolve, reject }
+            }),
+        ),
+      )
+      return (await Promise.all(closedIds)).flat()
+    },
+
+    list() {
+      return lists(
+        () =>
+          new Promise<OpenConnection[]>((resolve, reject) => {
+            send({ $case: 'list', value: {} })
+            listing = { resolve, reject }
+          }),
+      )
+    },
+  }
+}
+
+const checkTimeoutMs = 10_000
+
+/** One question, one answer, no lease. Operators and services name the device that they ask about. */
+export async function check({
+  server,
+  credentials: { rootsPem, certificateChainPem, keyPem },
+  question: { id = '', user, service, action = '' },
+  deviceId = '',
+  timeoutMs = checkTimeoutMs,
+}: {
+  server: Server
+  credentials: Credentials
+  question: AskedQuestion
+  deviceId?: string
+  timeoutMs?: number
+}): Promise<Answer> {
+  const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
+  const client = new AuthorizeServiceClient(address, credentials, options)
+  try {
+    const request = { question: { id, user, service, action }, deviceId }
+    const deadline = Date.now() + timeoutMs
+    const { answer } = await answerOf<CheckResponse>(done => client.check(request, new Metadata(), { deadline }, done))
+    if (!answer)
+      throw new Fault('UNAVAILABLE', 'ANSWER_MISSING', 'the server answered without a decision: take it as a no')
+    return answer
+  } finally {
+    client.close()
+  }
+}
+
+/** Registers who waits for an answer. Its rejection is always handled, because a stream may end before it is awaited. */
+function waitingIn<Extra>(map: Map<string, Waiting<Answer> & Extra>, id: string, extra: Extra): Promise<Answer> {
+  const answer = new Promise<Answer>((resolve, reject) => map.set(id, { resolve, reject, ...extra }))
+  answer.catch(() => undefined)
+  return answer
+}
+
+function chunked<T>(items: T[]): T[][] {
+  const chunks: T[][] = []
+  for (let at = 0; at < items.length; at += itemsPerMessageMax) chunks.push(items.slice(at, at + itemsPerMessageMax))
+  return chunks
+}
+
+/** Runs what it is given one after another, whether or not the one before succeeded. */
+function oneAtATime(): <T>(run: () => Promise<T>) => Promise<T> {
+  let last: Promise<unknown> = Promise.resolve()
+  return run => {
+    const next = last.then(run, run)
+    last = next.catch(() => undefined)
+    return next
+  }
+}
+
+function streamEnded(): Fault {
+  return new Fault(
+    'UNAVAILABLE',
+    'STREAM_ENDED',
+    'the authorization stream has ended, and its leases with it; open another',
+  )
+}
+
+function questionsUnanswered(): Fault {
+  const message = `${questionsInFlightMax} questions wait for an answer; wait for it too`
+  return new Fault('RESOURCE_EXHAUSTED', 'QUESTIONS_UNANSWERED', message)
+}

@@ -1,0 +1,223 @@
+/**
+ * How a client of EdgeMesh reaches a server, and how it reads what goes wrong.
+ *
+ *     const { address, credentials, options } = channelTo({ server: 'localhost:8000', rootsPem })
+ *     const client = new AuthorizeServiceClient(address, credentials, options)
+ *
+ * Several clients share one connection when each is given the same channel as `channelOverride`: see `openChannel`.
+ */
+import { isIP } from 'node:net'
+import {
+  Channel,
+  ChannelCredentials,
+  type ClientDuplexStream,
+  type ClientOptions,
+  type ServiceError,
+  status,
+} from '@grpc/grpc-js'
+import { Fault, type FieldViolation, invalidField } from '../fault.ts'
+import type { Any } from '../gen/google/protobuf/any.ts'
+import type { Duration } from '../gen/google/protobuf/duration.ts'
+import { BadRequest, ErrorInfo, RetryInfo } from '../gen/google/rpc/error_details.ts'
+import { Status } from '../gen/google/rpc/status.ts'
+
+/** `host:port`, such as `edge.example.com:8000`, `127.0.0.1:8000` or `[::1]:8000`. */
+export type Server = string
+
+/** Who a client is, and whom it trusts: a device's, an operator's or a service's. All of it PEM. */
+export type Credentials = {
+  keyPem: string
+  /** Leaf first, then intermediates. */
+  certificateChainPem: string
+  rootsPem: string
+}
+
+/** What a generated client is constructed with. */
+export type ChannelTarget = { address: string; credentials: ChannelCredentials; options: ClientOptions }
+
+/** Every instance's certificate carries this name beside its own. */
+const nameInEveryServerCertificate = 'localhost'
+
+/** A connection that is silent this long is asked for a sign of life: less than the idle timeouts of load balancers. */
+const keepaliveTimeMs = 30_000
+const keepaliveTimeoutMs = 10_000
+
+/** A trust bundle with the revocations of 100,000 devices is 4 MB; everything else is far smaller. */
+const receivedBytesMax = 16 * 1024 * 1024
+const sentBytesMax = 4 * 1024 * 1024
+
+/** @throws Fault INVALID_ARGUMENT when `server` is not `host:port` */
+export function channelTo({
+  server,
+  rootsPem,
+  certificatePem,
+  keyPem,
+}: {
+  server: Server
+  /** The only roots that the server's certificate may lead to. */
+  rootsPem: string
+  /** The client's own chain and key; absent for the calls that need no certificate. */
+  certificatePem?: string
+  keyPem?: string
+}): ChannelTarget {
+  const roots = Buffer.from(rootsPem)
+  const key = keyPem === undefined ? null : Buffer.from(keyPem)
+  const chain = certificatePem === undefined ? null : Buffer.from(certificatePem)
+  return { address: server, credentials: ChannelCredentials.createSsl(roots, key, chain), options: optionsFor(server) }
+}
+
+/** One connection for several clients and streams of the same caller: a handshake costs more than all that follows. */
+export function openChannel(server: Server, credentials: Credentials): Channel {
+  const target = channelTo({
+    server,
+    rootsPem: credentials.rootsPem,
+    certificatePem: credentials.certificateChainPem,
+    keyPem: credentials.keyPem,
+  })
+  return new Channel(target.address, target.credentials, target.options)
+}
+
+/** What every connection has in common, whatever its credentials. */
+export function optionsFor(server: Server): ClientOptions {
+  const host = hostOf(server)
+  return {
+    'grpc.keepalive_time_ms': keepaliveTimeMs,
+    'grpc.keepalive_timeout_ms': keepaliveTimeoutMs,
+    'grpc.max_receive_message_length': receivedBytesMax,
+    'grpc.max_send_message_length': sentBytesMax,
+    // A channel has its connection to itself, so that closing the one closes the other.
+    'grpc.use_local_subchannel_pool': 1,
+    // Otherwise a TXT record in the DNS could set the retry policy.
+    'grpc.service_config_disable_resolution': 1,
+    ...(isIP(host) ? namedForTls : {}),
+    // A proxy named in the environment is for what is far away.
+    ...(isLoopback(host) ? { 'grpc.enable_http_proxy': 0 } : {}),
+  }
+}
+
+// Node refuses an IP address as TLS server name (RFC 6066 section 3 forbids it), and gRPC derives that name from the
+// address it dials. So whoever dials an address asks for the name that all instances have; the chain is verified all
+// the same, and only instances hold a certificate for servers.
+const namedForTls: ClientOptions = {
+  'grpc.ssl_target_name_override': nameInEveryServerCertificate,
+  'grpc.default_authority': nameInEveryServerCertificate,
+}
+
+function hostOf(server: Server): string {
+  const [, ipv6, name, port] = /^(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+)):(\d{1,5})$/i.exec(server) ?? []
+  const host = ipv6 ?? name
+  const valid =
+    host !== undefined && (ipv6 === undefined || isIP(ipv6) === 6) && Number(port) > 0 && Number(port) < 65536
+  if (!valid) throw invalidField('server', `${JSON.stringify(server)} is not host:port, such as localhost:8000`)
+  return host
+}
+
+function isLoopback(host: string): boolean {
+  return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'))
+}
+
+/** A unary call as a promise: `await answerOf(done => client.check(request, done))`. Rejects with a ServiceError. */
+export function answerOf<T>(start: (done: (error: ServiceError | null, response: T) => void) => unknown): Promise<T> {
+  return new Promise((resolve, reject) => {
+    start((error, response) => (error ? reject(error) : resolve(response)))
+  })
+}
+
+/** The end of a stream that both sides keep open. */
+export type StreamEnd = {
+  /** Resolves when the stream has ended: with the error, or with nothing when either side ended it in order. */
+  closed: Promise<ServiceError | undefined>
+  /** Ends the stream, and waits for the server to end its side; cancels when it does not. */
+  close(): Promise<void>
+}
+
+/** How long the server is given to end its side: it may be waiting for the database. */
+const closeGraceMs = 5_000
+
+/** @param release called once, when the stream has ended */
+export function endOf<In, Out>(call: ClientDuplexStream<In, Out>, release: () => void): StreamEnd {
+  let closing = false
+  const closed = new Promise<ServiceError | undefined>(resolve => {
+    // gRPC tells the error first, if there is one, and then the status; the first to come decides.
+    call.on('error', (error: ServiceError) => resolve(closing ? undefined : error))
+    call.on('status', () => resolve(undefined))
+  })
+  closed.then(release)
+  return {
+    closed,
+    async close() {
+      closing = true
+      call.end()
+      const cancelling = setTimeout(() => call.cancel(), closeGraceMs)
+      await closed
+      clearTimeout(cancelling)
+    },
+  }
+}
+
+/** What went wrong with a call, as programs and people want to know it. */
+export type DescribedError = {
+  /** Canonical gRPC code, such as `UNAUTHENTICATED`. */
+  code: string
+  /** Stable, such as `TOKEN_EXPIRED`. The code again where the server gave no reason, as when it can't be reached. */
+  reason: string
+  message: string
+  violations: FieldViolation[]
+  /** How long the server wants to be left alone. */
+  retryAfterMs?: number
+  metadata: Record<string, string>
+}
+
+/**
+ * Reads a ServiceError with its `google.rpc` details, or a Fault of our own. Anything else is a bug: its code is
+ * `INTERNAL`. Details that can't be read are left out, since the code and the message are good without them.
+ */
+export function describeCallError(error: unknown): DescribedError {
+  if (error instanceof Fault) {
+    const { code, reason, message, violations, retryAfterMs, metadata } = error
+    return { code, reason, message, violations, ...(retryAfterMs === undefined ? {} : { retryAfterMs }), metadata }
+  }
+  if (!isServiceError(error)) {
+    const message = error instanceof Error ? error.message : String(error)
+    return { code: 'INTERNAL', reason: 'INTERNAL', message, violations: [], metadata: {} }
+  }
+  const code = status[error.code] ?? 'UNKNOWN'
+  const described: DescribedError = { code, reason: code, message: error.details, violations: [], metadata: {} }
+  try {
+    for (const { typeUrl, value } of packedDetails(error)) readDetail(described, typeUrl.replace(/^.*\//, ''), value)
+  } catch {
+    // Somebody else's details, or broken ones: what was read so far is good.
+  }
+  return described
+}
+
+export function millisecondsOf({ seconds, nanos }: Duration): number {
+  return seconds * 1_000 + nanos / 1e6
+}
+
+/** Whether a call failed, as against a bug or a full disk on this side. */
+export function isCallError(error: unknown): error is Fault | ServiceError {
+  return error instanceof Fault || isServiceError(error)
+}
+
+function isServiceError(error: unknown): error is ServiceError {
+  return error instanceof Error && 'details' in error && 'metadata' in error && 'code' in error
+}
+
+function packedDetails(error: ServiceError): Any[] {
+  const [packed] = error.metadata.get('grpc-status-details-bin')
+  return Buffer.isBuffer(packed) ? Status.decode(packed).details : []
+}
+
+function readDetail(described: DescribedError, type: string, value: Buffer): void {
+  if (type === 'google.rpc.ErrorInfo') {
+    const { reason, metadata } = ErrorInfo.decode(value)
+    Object.assign(described, { reason, metadata })
+  } else if (type === 'google.rpc.BadRequest') {
+    const { fieldViolations } = BadRequest.decode(value)
+    described.violations = fieldViolations.map(({ field, description }) => ({ field, description }))
+  } else if (type === 'google.rpc.RetryInfo') {
+    const { retryDelay } = RetryInfo.decode(value)
+    if (retryDelay) described.retryAfterMs = millisecondsOf(retryDelay)
+  }
+}

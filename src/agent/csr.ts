@@ -1,0 +1,30 @@
+/**
+ * Asks for a certificate: a new key, and the PKCS#10 request (RFC 2986) that proves who holds it.
+ *
+ * The subject stays empty, because the server takes nothing but the public key from a request: who the certificate
+ * names is known from the token or from the certificate that is renewed.
+ */
+import { createPrivateKey, createPublicKey, generateKeyPairSync, sign } from 'node:crypto'
+import { bitString, contextConstructed, integer, oid, sequence } from '../identity/der.ts'
+
+/** RFC 5758 section 3.2: its AlgorithmIdentifier has no parameters. */
+const ecdsaWithSha256 = sequence(oid('1.2.840.10045.4.3.2'))
+
+/** A new P-256 key, PKCS#8 in PEM, and the request for it. The key is for this device alone: it is never sent. */
+export function createSigningRequest(): { keyPem: string; csrDer: Buffer } {
+  const { privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' })
+  const keyPem = privateKey.export({ format: 'pem', type: 'pkcs8' })
+  return { keyPem, csrDer: signingRequestFor(keyPem) }
+}
+
+/** The request for a key that exists. Made anew from the same key it asks for the same identity. */
+export function signingRequestFor(keyPem: string): Buffer {
+  const privateKey = createPrivateKey(keyPem)
+  if (privateKey.asymmetricKeyDetails?.namedCurve !== 'prime256v1') throw new RangeError('the key is not a P-256 key')
+  const version = integer(0)
+  const emptySubject = sequence()
+  const publicKey = createPublicKey(keyPem).export({ format: 'der', type: 'spki' })
+  const noAttributes = contextConstructed(0)
+  const info = sequence(version, emptySubject, publicKey, noAttributes)
+  return sequence(info, ecdsaWithSha256, bitString(sign('sha256', info, privateKey)))
+}

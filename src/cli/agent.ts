@@ -1,0 +1,163 @@
+/** `edgemesh agent`: the reference edge daemon, on this machine. */
+import { readFile } from 'node:fs/promises'
+import { platform, release } from 'node:os'
+import { Command, Option } from 'commander'
+import { z } from 'zod'
+import { type AgentEvent, runAgent } from '../agent/agent.ts'
+import { hostPosture } from '../agent/host-posture.ts'
+import { DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
+import { serverDefault } from './admin-client.ts'
+import { valueFor, wordsOf } from './enum-words.ts'
+import { CommandFailure, printFailure } from './failure.ts'
+import { hostAndPort, type Labels, label } from './option-values.ts'
+import { stopSignal } from './stop-signal.ts'
+
+/** As the contract has it. */
+const osVersionCharactersMax = 64
+/** The longest name of an event. */
+const eventWidth = 'trust-bundle-changed'.length
+
+type AgentOptions = {
+  server?: string
+  tokenFile?: string
+  state: string
+  id?: string
+  type: string
+  label: Labels
+  posture?: string
+  json?: true
+}
+
+export function agentCommand(): Command {
+  return new Command('agent')
+    .description('the daemon of a device: enrolls it, keeps its certificate renewed, reports its health until stopped')
+    .option('--server <host:port>', 'the server (default: EDGEMESH_SERVER, else localhost:8000)', hostAndPort)
+    .option('--token-file <path>', 'a file that holds the enrollment token (default: the variable EDGEMESH_TOKEN)')
+    .requiredOption('--state <folder>', 'where its key and certificate are kept')
+    .option('--id <id>', "the device's name (default: the server chooses one)")
+    .addOption(new Option('--type <type>', 'what it is').choices(wordsOf(DeviceType)).default('server'))
+    .option('--label <key=value>', 'may be repeated', label, {})
+    .option('--posture <path>', 'report what this JSON file says over what is measured; it is read for each report')
+    .option('--json', 'one JSON document a line and event')
+    .addHelpText(
+      'after',
+      `
+The token is needed the first time only. No option takes its text: arguments show in the list of processes.
+
+The posture is measured on this machine. A file given with --posture may hold any of cpuPercent, memoryPercent,
+diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled.
+
+Examples:
+  EDGEMESH_TOKEN=$(edgemesh token create) edgemesh agent --server localhost:8000 --state ./laptop-7 --id laptop-7
+  edgemesh agent --server edgemesh.example.com:8000 --state /var/lib/edgemesh --token-file /run/secrets/token
+  echo '{"diskEncrypted": false}' > posture.json && edgemesh agent --state ./laptop-7 --posture posture.json
+`,
+    )
+    .action(run)
+}
+
+async function run(options: AgentOptions): Promise<void> {
+  const token = options.tokenFile === undefined ? process.env.EDGEMESH_TOKEN : await readToken(options.tokenFile)
+  await runAgent({
+    server: options.server || process.env.EDGEMESH_SERVER || serverDefault,
+    stateDirectory: options.state,
+    ...(token && { token }),
+    device: {
+      ...(options.id && { id: options.id }),
+      type: valueFor(DeviceType, options.type),
+      os: platform(),
+      osVersion: release().slice(0, osVersionCharactersMax),
+      labels: options.label,
+    },
+    posture: await postureSource(options.posture),
+    log: options.json ? event => console.log(JSON.stringify({ at: new Date(), ...event })) : tell,
+    signal: stopSignal(),
+  })
+}
+
+/** One line for a person. Trouble goes to stderr, since it passes by itself or needs somebody. */
+function tell(event: AgentEvent): void {
+  const at = new Date().toISOString().slice(11, 19)
+  const trouble = 'error' in event
+  const line = `${at}  ${event.event.padEnd(eventWidth)}  ${sentenceFor(event)}`.trimEnd()
+  if (trouble) console.error(line)
+  else console.log(line)
+}
+
+function sentenceFor(event: AgentEvent): string {
+  switch (event.event) {
+    case 'enrolling':
+    case 'connecting':
+      return event.server
+    case 'pending-approval':
+      return `an operator has to approve ${event.deviceId}`
+    case 'enrolled':
+    case 'resumed':
+      return `${event.spiffeId}, certified until ${event.notAfter.toISOString()}`
+    case 'reported': {
+      const health = event.failingPosture.length === 0 ? 'healthy' : `unhealthy: ${event.failingPosture.join(', ')}`
+      return `${health}; the next report is due in ${seconds(event.nextInMs)}`
+    }
+    case 'renewed':
+      return `certified until ${event.notAfter.toISOString()}`
+    case 'renewal-failed':
+    case 'disconnected':
+      return `${event.error.message}; trying again in ${seconds(event.retryInMs)}`
+    case 'policy-changed':
+      return `revision ${event.revision}`
+    case 'quarantined':
+      return event.reason
+    case 'reconnecting':
+      return `in ${seconds(event.delayMs)}`
+    case 'trust-bundle-changed':
+    case 'released':
+    case 'stopped':
+      return ''
+  }
+}
+
+function seconds(ms: number): string {
+  return `${(ms / 1_000).toFixed(1)} s`
+}
+
+async function readToken(path: string): Promise<string> {
+  return (await readFile(path, 'utf8')).trim()
+}
+
+const share = z.number().min(0).max(100)
+const postureFile = z.strictObject({
+  cpuPercent: share.optional(),
+  memoryPercent: share.optional(),
+  diskPercent: share.optional(),
+  patchesCurrent: z.boolean().optional(),
+  antivirusEnabled: z.boolean().optional(),
+  diskEncrypted: z.boolean().optional(),
+  firewallEnabled: z.boolean().optional(),
+  attributes: z.record(z.string(), z.string()).optional(),
+})
+
+/** What this machine is like, with what the file says in its place. */
+async function postureSource(path: string | undefined): Promise<() => Promise<Partial<Posture>>> {
+  const measure = hostPosture()
+  if (path === undefined) return measure
+  let given = await readPosture(path)
+  return async () => {
+    try {
+      given = await readPosture(path)
+    } catch (error) {
+      // It is being edited. Until it can be read again, what it said before holds.
+      printFailure(error)
+    }
+    return { ...(await measure()), ...given }
+  }
+}
+
+async function readPosture(path: string): Promise<Partial<Posture>> {
+  const text = await readFile(path, 'utf8')
+  try {
+    return postureFile.parse(JSON.parse(text)) as Partial<Posture>
+  } catch (error) {
+    const what = error instanceof z.ZodError ? z.prettifyError(error).replace(/\s*\n\s*/g, ' ') : 'not JSON'
+    throw new CommandFailure(`${path}: ${what}`, 'see edgemesh agent --help for what a posture may hold')
+  }
+}

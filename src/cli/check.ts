@@ -1,0 +1,89 @@
+/** `edgemesh check`: asks for a decision and explains it. */
+import { Command } from 'commander'
+import { type Answer, check } from '../agent/authorize-stream.ts'
+import { loadState } from '../agent/state.ts'
+import { Answer as AnswerMessage } from '../gen/edgemesh/v1/authorize.ts'
+import { type ConnectionOptions, connecting, findServer, serverDefault } from './admin-client.ts'
+import { CommandFailure } from './failure.ts'
+import { renderFacts, renderTable } from './table.ts'
+
+type CheckOptions = ConnectionOptions & {
+  user: string
+  service: string
+  action: string
+  device?: string
+  state?: string
+  json?: true
+}
+
+export function checkCommand(): Command {
+  return connecting(new Command('check'))
+    .description('ask whether a user on a device may reach a service now, and why')
+    .requiredOption('--user <user>', 'id or e-mail address')
+    .requiredOption('--service <id>')
+    .option('--device <id>', 'the device that is asked about; needed unless --state is given')
+    .option('--action <action>', 'what is to be done', 'connect')
+    .option('--state <folder>', 'ask as the device itself, whose agent keeps its state there, not as an operator')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+Exit codes: 0 allowed, 1 denied or failed, 2 not understood.
+
+Examples:
+  edgemesh check --user ada@example.com --service orders --device laptop-7
+  edgemesh check --user ada --service orders --state ./laptop-7 --server localhost:8000
+  edgemesh check --user ada --service orders --device laptop-7 --json | jq .reasons
+`,
+    )
+    .action(ask)
+}
+
+async function ask(options: CheckOptions, command: Command): Promise<void> {
+  const { user, service, action } = options
+  if (options.state === undefined && options.device === undefined) {
+    command.error('error: give --device, or --state to ask as the device itself')
+  }
+  const { server, credentials } = await (options.state === undefined ? findServer(options) : findDevice(options))
+  const answer = await check({
+    server,
+    credentials,
+    question: { user, service, action },
+    ...(options.device !== undefined && { deviceId: options.device }),
+  })
+  // A denial has an explicit `allowed` too, which the JSON of the proto leaves out.
+  if (options.json)
+    console.log(JSON.stringify({ allowed: answer.allowed, ...(AnswerMessage.toJSON(answer) as object) }))
+  else console.log(explain(answer, options))
+  if (!answer.allowed) process.exitCode = 1
+}
+
+async function findDevice(options: CheckOptions) {
+  const folder = options.state as string
+  const state = await loadState(folder)
+  if (!state) {
+    throw new CommandFailure(`no device keeps its state in ${folder}`, 'enroll one with: edgemesh agent --state FOLDER')
+  }
+  return { server: options.server || process.env.EDGEMESH_SERVER || serverDefault, credentials: state }
+}
+
+function explain(answer: Answer, { user, service, action, device }: CheckOptions): string {
+  const where = device === undefined ? '' : ` on ${device}`
+  const verdict = `${answer.allowed ? 'allowed' : 'denied'}: ${user} may ${answer.allowed ? '' : 'not '}${action} to ${service}${where}`
+  const reasons = renderTable(
+    {
+      reason: reason => reason.code,
+      field: reason => reason.field,
+      actual: reason => reason.actual,
+      required: reason => reason.required,
+      'in words': reason => reason.message,
+    },
+    answer.reasons,
+  )
+  const facts = renderFacts({
+    'policy revision': answer.policyRevision,
+    'decision id': answer.decisionId,
+    'good until': answer.expiresAt,
+  })
+  return [verdict, ...(answer.reasons.length > 0 ? [reasons] : []), facts].join('\n\n')
+}

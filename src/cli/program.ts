@@ -1,0 +1,63 @@
+/** All commands, and how what is typed wrong is answered. */
+import { readFileSync } from 'node:fs'
+import { Command } from 'commander'
+import { agentCommand } from './agent.ts'
+import { auditCommand } from './audit.ts'
+import { checkCommand } from './check.ts'
+import { connectionCommand } from './connection.ts'
+import { devCommand } from './dev.ts'
+import { deviceCommand } from './device.ts'
+import { migrateCommand } from './migrate.ts'
+import { operatorCommand } from './operator.ts'
+import { serveCommand } from './serve.ts'
+import { serviceCommand } from './service.ts'
+import { tokenCommand } from './token.ts'
+import { userCommand } from './user.ts'
+
+export function createProgram(): Command {
+  const { version, description } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8'))
+  const program = new Command('edgemesh')
+    .description(description)
+    .version(version, '--version', 'print the version')
+    .helpOption('-h, --help', 'print help')
+    .helpCommand(false)
+    .addHelpText(
+      'after',
+      `
+Exit codes: 0 done, 1 failed, 2 not understood.
+
+Examples:
+  edgemesh dev                      try it: everything embedded, proven end to end
+  edgemesh token create --uses 3    let three devices enroll
+  edgemesh check --user ada@example.com --service orders --device laptop-7
+  edgemesh COMMAND --help           what a command does, with examples
+`,
+    )
+
+  program.commandsGroup('Run a server:')
+  for (const command of [devCommand(), serveCommand(), migrateCommand(), operatorCommand()]) program.addCommand(command)
+  program.commandsGroup('Administrate:')
+  for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
+  for (const command of [connectionCommand(), auditCommand(), checkCommand()]) program.addCommand(command)
+  program.commandsGroup('Run on a device:')
+  program.addCommand(agentCommand())
+
+  answerMistakes(program, 'edgemesh')
+  return program
+}
+
+/** Every command of the tree throws instead of exiting, and prints what was wrong as `error:` and `hint:`. */
+function answerMistakes(command: Command, path: string): void {
+  command
+    .exitOverride()
+    .showHelpAfterError(`hint: see ${path} --help`)
+    .configureOutput({
+      outputError: (text, write) =>
+        write(text.replace(/\n\((Did you mean .*)\)/, (_, hint) => `\nhint: ${lower(hint)}`)),
+    })
+  for (const child of command.commands) answerMistakes(child, `${path} ${child.name()}`)
+}
+
+function lower(sentence: string): string {
+  return sentence.charAt(0).toLowerCase() + sentence.slice(1)
+}
