@@ -39,6 +39,16 @@ async function outcome(child: ReturnType<typeof dev>) {
   return { exitCode: exitCode as number | null, stdout, stderr }
 }
 
+/** Resolves when the step has been told of, or when there will be no more. */
+function stepOf(child: ReturnType<typeof dev>, step: string): Promise<void> {
+  return new Promise(resolve => {
+    child.stdout.on('data', chunk => {
+      if (String(chunk).includes(`"step":"${step}"`)) resolve()
+    })
+    child.once('close', () => resolve())
+  })
+}
+
 function linesOf(stdout: string): Line[] {
   return stdout
     .trimEnd()
@@ -80,23 +90,19 @@ test('dev proves itself in twelve steps, and again in the same folder', async t 
 test('dev serves until it is told to stop, and can be killed at any moment', async t => {
   const folder = await newFolder(t)
 
-  // Killed in the middle of its first start, a few times.
-  for (const afterMs of [300, 900, 1_500]) {
+  // While the database is being made, and later right behind one step or another.
+  for (const moment of [300, 900, 'database', 'authority', 'enroll', 'posture']) {
     const killed = dev(folder, '--json')
     const ended = outcome(killed)
-    await new Promise(resolve => setTimeout(resolve, afterMs))
+    if (typeof moment === 'number') await new Promise(resolve => setTimeout(resolve, moment))
+    else await stepOf(killed, moment)
     killed.kill('SIGKILL')
-    await ended
+    t.is((await ended).exitCode, null, `killed at ${moment}`)
   }
 
   const child = dev(folder, '--json')
   const ended = outcome(child)
-  await new Promise<void>(resolve => {
-    child.stdout.on('data', chunk => {
-      if (String(chunk).includes('"step":"done"')) resolve()
-    })
-    child.once('close', () => resolve())
-  })
+  await stepOf(child, 'done')
   // As npm does it: the signal comes from the terminal and from npm.
   child.kill('SIGINT')
   child.kill('SIGINT')
