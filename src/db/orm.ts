@@ -120,9 +120,10 @@ export function databaseUnavailable(cause: unknown): Fault {
 
 const databaseRetryMs = 1_000
 
-// 08: connection, 53: out of resources, 57P: shutting down or starting up, 57014: timed out, 25006: read-only, 40: retry.
+// 08: connection, 53: out of resources, 55000: takes no connections, 57P: shutting down or starting up, 57014: timed
+// out, 25006: read-only, 40: retry.
 const outageCodes =
-  /^(08...|53...|57P..|57014|25006|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
+  /^(08...|53...|55000|57P..|57014|25006|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
 // pg gives these no code.
 const outageMessages =
   /^(timeout exceeded when trying to connect|Connection terminated|Query read timeout|Client has encountered a connection error|Cannot use a pool after)/

@@ -1,0 +1,77 @@
+import { randomUUIDv7 } from 'node:crypto'
+import test from 'ava'
+import pg from 'pg'
+import { auditEventsTable, type JournalEntry, startJournal } from '../../src/audit/journal.ts'
+import { createLog } from '../../src/telemetry/log.ts'
+import { testDatabase } from '../support/postgres.ts'
+
+const log = createLog({ level: 'silent' })
+
+function event(target: string): JournalEntry {
+  const row = [new Date(), randomUUIDv7(), 'tester', '/test', target, '127.0.0.1', 'OK', '', '{}', 'instance']
+  return { table: auditEventsTable, row }
+}
+
+test('a crowd of appends shares few commits, and each is on record when it is told so', async t => {
+  const { pool } = await testDatabase(t)
+  const commits: number[] = []
+  const journal = startJournal({ pool, log, onCommit: rows => commits.push(rows) })
+  await Promise.all(
+    Array.from({ length: 500 }, async (_, at) => {
+      await journal.append([event(`target/${at}`)])
+      if (at % 100 !== 0) return
+      const { rows } = await pool.query('select 1 from audit_events where target = $1', [`target/${at}`])
+      t.is(rows.length, 1)
+    }),
+  )
+  t.is(
+    commits.reduce((sum, rows) => sum + rows, 0),
+    500,
+  )
+  t.true(commits.length < 50, `${commits.length} commits`)
+})
+
+test('one row that the database refuses takes none of its neighbours down', async t => {
+  const { pool } = await testDatabase(t)
+  const journal = startJournal({ pool, log })
+  const outcomes = await Promise.allSettled([
+    journal.append([event('good/1')]),
+    journal.append([event('bad/\0')]),
+    journal.append([event('good/2')]),
+  ])
+  t.deepEqual(
+    outcomes.map(({ status }) => status),
+    ['fulfilled', 'rejected', 'fulfilled'],
+  )
+  const { rows } = await pool.query('select target from audit_events order by target')
+  t.deepEqual(rows, [{ target: 'good/1' }, { target: 'good/2' }])
+})
+
+test('the entries of one append are all on record, or none of them', async t => {
+  const { pool } = await testDatabase(t)
+  const journal = startJournal({ pool, log })
+  await t.throwsAsync(journal.append([event('half'), event('bad/\0')]))
+  const { rows } = await pool.query('select target from audit_events')
+  t.deepEqual(rows, [])
+})
+
+test('while the database refuses, who waits is told so, and what has happened already is written later', async t => {
+  const { pool, url } = await testDatabase(t)
+  const journal = startJournal({ pool, log })
+  const { pathname } = new URL(url)
+  const database = pathname.slice(1)
+  const admin = new pg.Client({ connectionString: url.replace(pathname, '/postgres') })
+  await admin.connect()
+  t.teardown(() => admin.end())
+  // Nobody is let in and everyone is thrown out: to the journal that is a server that has gone.
+  await admin.query(`alter database ${database} with allow_connections false`)
+  await admin.query('select pg_terminate_backend(pid) from pg_stat_activity where datname = $1', [database])
+  journal.appendLater([event('revocation')])
+  const refused = await t.throwsAsync(journal.append([event('question')]))
+  t.is((refused as { reason?: string }).reason, 'AUDIT_UNAVAILABLE')
+
+  await admin.query(`alter database ${database} with allow_connections true`)
+  await journal.drained()
+  const { rows } = await pool.query('select target from audit_events')
+  t.deepEqual(rows, [{ target: 'revocation' }])
+})
