@@ -5,6 +5,7 @@
  *     …
  *     await server.stop()
  */
+import { X509Certificate } from 'node:crypto'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { Server } from '@grpc/grpc-js'
@@ -198,7 +199,7 @@ async function compose(
     onDecision: metrics.decision,
     onConnection: metrics.connection,
   }
-  const instance = await keepInstanceRecord({ pool: db.pool, instanceId, log })
+  const instance = await keepInstanceRecord({ pool: db.pool, instanceId, leaseGraceMs: settings.leases.graceMs, log })
   stops.push(instance.stop)
 
   // Fleet
@@ -343,7 +344,7 @@ async function compose(
         stopping = true
         health.setServing(false)
         heartbeats.askToReconnect(settings.drainMs)
-        dispatch.cutAll(
+        dispatch.finishAll(
           new Fault('UNAVAILABLE', 'DRAINING', 'this instance is stopping; connect again', { retryAfterMs: 1_000 }),
         )
         await stopAll()
@@ -403,10 +404,9 @@ function cutRevoked(
     }
   }
   feed.onChange(keys => {
+    if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
     const concerns = new Set(keys.filter(key => /^(device|operator|service):/.test(key)))
-    if (concerns.size === 0) return
-    trustBundle.invalidate()
-    recheck(concerns)
+    if (concerns.size > 0) recheck(concerns)
   })
   feed.onReset(() => {
     trustBundle.invalidate()
@@ -418,7 +418,7 @@ function authorityState(authority: Authority, trustBundle: ReturnType<typeof cre
   return {
     rootKeySha256: authority.rootKeySha256,
     trustBundle: trustBundle.current,
-    rootNotAfter: authority.issuer.notAfter,
+    rootNotAfter: new Date(new X509Certificate(authority.roots[0] ?? '').validTo),
     intermediateNotAfter: authority.issuer.notAfter,
   }
 }

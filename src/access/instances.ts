@@ -9,15 +9,21 @@ import type { Log } from '../telemetry/log.ts'
 export type InstanceRecord = { stop(): Promise<void> }
 
 const beatMs = 5_000
-/** An instance that has not been seen for this long is taken for dead. */
-const deadAfterMs = 30_000
+/**
+ * An instance that has not been seen for this long beyond the leases' grace time is taken for dead: one that is only out
+ * of touch has given up its leases by then.
+ */
+const deadMarginMs = 15_000
 
 export async function keepInstanceRecord(options: {
   pool: pg.Pool
   instanceId: string
+  /** LEASE_GRACE_SECONDS, the same for all instances. */
+  leaseGraceMs: number
   log: Log
 }): Promise<InstanceRecord> {
-  const { pool, instanceId, log } = options
+  const { pool, instanceId, leaseGraceMs, log } = options
+  const deadAfterMs = leaseGraceMs + deadMarginMs
 
   async function beat(): Promise<void> {
     await pool.query(

@@ -141,7 +141,10 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       }
 
       call.audit.detail = { before, after, reason }
-      return { answer: await deviceMessage(em, device), keys: [`device:${id}`] }
+      const keys = [`device:${id}`]
+      // The revocation list is signed anew when certificates are revoked, not with every change of a device.
+      if (after === 'revoked') keys.push('crl:revoked')
+      return { answer: await deviceMessage(em, device), keys }
     })
   }
 }

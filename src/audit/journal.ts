@@ -40,6 +40,11 @@ const batchAppendsMax = 1_000
 /** Appends waiting; more are refused. Twenty batches are over two seconds of PostgreSQL's work. */
 const queuedAppendsMax = 20_000
 const retryMs = 500
+/**
+ * Appends that wait for the database to come back, at about 1 kB each. An outage that makes more of them than this loses
+ * the rest, each with an error in the log: a process that dies of them would lose all.
+ */
+const persistentAppendsMax = 100_000
 
 type Append = {
   entries: readonly JournalEntry[]
@@ -161,6 +166,10 @@ export function startJournal(options: {
       return new Promise((resolve, reject) => enqueue({ entries, resolve, reject, persistent: false }))
     },
     appendLater(entries) {
+      if (queue.length >= persistentAppendsMax) {
+        options.log.error({ entries: entries.map(({ table, row }) => [table.name, row]) }, 'the journal is full: lost')
+        return
+      }
       enqueue({ entries, resolve: () => {}, reject: () => {}, persistent: true })
     },
     async drained() {

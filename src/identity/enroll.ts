@@ -43,6 +43,7 @@ export function createEnroll(deps: EnrollDeps) {
       await deps.limit(call.address)
       const token = await findToken(deps, request.token, call)
       const key = checkCsr(request.csr)
+      await refuseSpent(deps, token, key)
       const description = checkDescription(request.device)
       const reservation = await redeem(deps, token, key, description, call)
       const certificate = await deps.issuance.sign(reservation)
@@ -73,14 +74,20 @@ export async function identityOf(
 }
 
 /** @throws Fault that does not tell an unknown id from a wrong secret */
-async function findToken(deps: EnrollDeps, text: string, call: Call): Promise<{ id: string }> {
+async function findToken(deps: EnrollDeps, text: string, call: Call): Promise<EnrollmentToken> {
   const { id, secret } = parseToken(text)
   call.audit.target = `token/${id}`
   const stored = await deps.db.em().findOne(EnrollmentToken, { id })
   // The secret is compared even where there is no token, so that time does not tell which ids exist.
   const matches = secretMatches(secret, deps.tokenSecret, stored?.secretHash ?? Buffer.alloc(32))
   if (!stored || !matches) throw new Fault('UNAUTHENTICATED', 'TOKEN_UNKNOWN', 'there is no such enrollment token')
-  return { id }
+  return stored
+}
+
+/** Says early what is plain already, so that a crowd with a token that is spent does not queue for its lock. */
+async function refuseSpent(deps: EnrollDeps, token: EnrollmentToken, { publicKeySha256 }: CheckedCsr): Promise<void> {
+  const before = await deps.db.em().findOne(TokenRedemption, { tokenId: token.id, publicKeySha256 })
+  demandUsable(token, before !== null, deps.clock())
 }
 
 /** One transaction: the token's use, the device, the certificate's serial, the audit event. All of it, or nothing. */

@@ -54,8 +54,8 @@ export type Dispatch = {
   callers(concerns?: ReadonlySet<string>): Identified[]
   /** Open calls by method. */
   streamsOpen(): Map<string, number>
-  /** Ends every open call, after the handlers have been told by `call.signal`. */
-  cutAll(fault: Fault): void
+  /** Ends every stream with a fault, once what it has received is answered. Other calls end by themselves. */
+  finishAll(fault: Fault): void
 }
 
 export type DispatchOptions = {
@@ -74,13 +74,13 @@ export type DispatchOptions = {
 
 /** Messages of one stream that are being worked on; the stream is not read beyond that. */
 const messagesUnderWayMax = 32
-/** Messages waiting for a client that does not read; more end its stream. */
+/** Messages pushed to a client that does not read them, such as revocations; more end its stream. */
 const messagesUnreadMax = 1_024
 
 /** What stands in for a message that is not what its method takes. */
 const malformed = Symbol('malformed message')
 
-type OpenCall = { call: Call; cut: (fault: Fault) => void }
+type OpenCall = { call: Call; cut: (fault: Fault) => void; finish: (fault: Fault) => void }
 
 type AnyCall =
   | ServerUnaryCall<unknown, unknown>
@@ -116,7 +116,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       signal: abort.signal,
       audit: { target: '', detail: {}, written: false },
     }
-    const opened: OpenCall = { call, cut: fault => abort.abort(fault) }
+    const opened: OpenCall = { call, cut: fault => abort.abort(fault), finish: () => {} }
     open.add(opened)
     // The three kinds of call are all emitters, but share no overload of `on`.
     ;(grpcCall as EventEmitter).on('cancelled', () =>
@@ -189,13 +189,15 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   function bidi(method: string, { access, handle }: Extract<MethodHandler, { kind: 'bidi' }>) {
     const serve: handleBidiStreamingCall<unknown, unknown> = async grpcCall => {
       const { peer, call, opened } = begin(grpcCall, method)
+      const messages = messageStream(grpcCall, call)
+      opened.finish = messages.finish
       try {
         await admit(peer, call, access)
         if (call.caller.kind !== 'anonymous') call.audit.target = `${call.caller.kind}/${call.caller.id}`
         call.audit.detail = { stream: 'opened' }
         await journal.append([callEntry(call, { code: 'OK' })])
         call.audit.detail = { stream: 'ended' }
-        await handle(messageStream(grpcCall, call), call)
+        await handle(messages, call)
         journal.appendLater([callEntry({ ...call, startedAt: clock() }, { code: 'OK', reason: 'STREAM_ENDED' })])
         options.onCall(method, 'OK')
         grpcCall.end()
@@ -271,8 +273,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       }
       return [...found.values()]
     },
-    cutAll(fault) {
-      for (const { cut } of open) cut(fault)
+    finishAll(fault) {
+      for (const { finish } of open) finish(fault)
     },
     streamsOpen() {
       const counts = new Map<string, number>()
@@ -322,11 +324,23 @@ function notImplemented(method: MethodDefinition<unknown, unknown>, access: Acce
   }
 }
 
-function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Call): MessageStream<unknown, unknown> {
+function messageStream(
+  grpcCall: ServerDuplexStream<unknown, unknown>,
+  call: Call,
+): MessageStream<unknown, unknown> & { finish: (fault: Fault) => void } {
+  /** By what the stream ends when nothing is under way any more; no more is read. */
+  let finishing: Fault | undefined
+  let onFinish = () => {}
+  let onUnread = () => {}
   return {
+    finish(fault) {
+      finishing = fault
+      onFinish()
+    },
     send(message) {
       if (call.signal.aborted || grpcCall.writableEnded) return
       grpcCall.write(message)
+      if (grpcCall.writableLength > messagesUnreadMax) onUnread()
     },
     receive(onMessage) {
       return new Promise((resolve, reject) => {
@@ -338,14 +352,28 @@ function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Cal
           grpcCall.pause()
           reject(error)
         }
+        /** Who does not take answers gets no more questions answered: the client's pace bounds what waits here. */
+        const busy = () => underWay >= messagesUnderWayMax || grpcCall.writableNeedDrain
+        const readOn = () => {
+          if (!failed && !finishing && grpcCall.isPaused() && !busy()) grpcCall.resume()
+        }
         const done = () => {
           underWay--
           // What follows a message that was refused is not taken, even if it has arrived.
           if (failed) return
           if (ended && underWay === 0) resolve()
-          else if (grpcCall.isPaused() && underWay < messagesUnderWayMax) grpcCall.resume()
+          else if (finishing) onFinish()
+          else readOn()
+        }
+        onUnread = () =>
+          fail(new Fault('RESOURCE_EXHAUSTED', 'NOT_READING', 'what this stream sends is not being read'))
+        grpcCall.on('drain', readOn)
+        onFinish = () => {
+          grpcCall.pause()
+          if (underWay === 0) fail(finishing)
         }
         if (call.signal.aborted) return fail(call.signal.reason)
+        if (finishing) return fail(finishing)
         call.signal.addEventListener('abort', () => fail(call.signal.reason), { once: true })
         grpcCall.on('error', fail)
         grpcCall.on('end', () => {
@@ -353,12 +381,9 @@ function messageStream(grpcCall: ServerDuplexStream<unknown, unknown>, call: Cal
           if (underWay === 0) resolve()
         })
         grpcCall.on('data', message => {
-          if (failed) return
-          if (grpcCall.writableLength > messagesUnreadMax) {
-            return fail(new Fault('RESOURCE_EXHAUSTED', 'NOT_READING', 'the answers on this stream are not being read'))
-          }
+          if (failed || finishing) return
           underWay++
-          if (underWay >= messagesUnderWayMax) grpcCall.pause()
+          if (busy()) grpcCall.pause()
           try {
             const pending = onMessage(wellFormed(message))
             if (pending) pending.then(done, fail)

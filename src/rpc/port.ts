@@ -6,7 +6,7 @@
  * certificate changes without a restart: new handshakes get the new one, open connections stay.
  */
 import { constants } from 'node:crypto'
-import type { AddressInfo } from 'node:net'
+import type { AddressInfo, Socket } from 'node:net'
 import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
 import type { Log } from '../telemetry/log.ts'
@@ -49,6 +49,12 @@ export async function openPort(options: {
     handshakeTimeout: handshakeTimeoutMs,
   })
   tls.maxConnections = connectionsMax
+  /** All of them, also those whose handshake is not over: nobody else would end these. */
+  const sockets = new Set<Socket>()
+  tls.on('connection', (socket: Socket) => {
+    sockets.add(socket)
+    socket.on('close', () => sockets.delete(socket))
+  })
 
   tls.on('secureConnection', socket => {
     const key = `${socket.remoteAddress}:${socket.remotePort}`
@@ -89,6 +95,7 @@ export async function openPort(options: {
       injector.drain(graceMs)
       await Promise.race([closed, new Promise(resolve => setTimeout(resolve, graceMs + 500).unref())])
       injector.destroy()
+      for (const socket of sockets) socket.destroy()
     },
   }
 }

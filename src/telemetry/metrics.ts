@@ -213,8 +213,12 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
 }
 
 function each(label: string, read: () => ReadonlyMap<string, number>): (result: ObservableResult) => void {
+  // What is not observed keeps its last value: who has been counted once is counted from then on, as 0 if need be.
+  const seen = new Set<string>()
   return result => {
-    for (const [value, count] of read()) result.observe(count, { [label]: value })
+    const counts = read()
+    for (const value of counts.keys()) seen.add(value)
+    for (const value of seen) result.observe(counts.get(value) ?? 0, { [label]: value })
   }
 }
 

@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { createServer } from 'node:net'
+import { createServer, type Socket } from 'node:net'
 import type { ServerUnaryCall, ServerWritableStream, sendUnaryData } from '@grpc/grpc-js'
 import test from 'ava'
 import { enrollDevice } from '../../src/agent/enroll.ts'
@@ -106,9 +106,13 @@ test('a certificate that does not lead to a trusted root is not taken', async t 
 })
 
 test('a server that accepts connections and says nothing is given up', async t => {
-  const silent = createServer().listen(0, '127.0.0.1')
+  const sockets = new Set<Socket>()
+  const silent = createServer(socket => sockets.add(socket)).listen(0, '127.0.0.1')
   await once(silent, 'listening')
-  t.teardown(() => silent.close())
+  t.teardown(() => {
+    silent.close()
+    for (const socket of sockets) socket.destroy()
+  })
   const { port } = silent.address() as { port: number }
   const contact = { server: `127.0.0.1:${port}`, rootKeySha256: authority.rootKeySha256, timeoutMs: 200 }
   await t.throwsAsync(pinnedTrustBundle(contact), { message: /DEADLINE_EXCEEDED|UNAVAILABLE/ })

@@ -87,21 +87,26 @@ export async function startEdgeMesh(
   return { ...(await connect(t, server, `127.0.0.1:${server.apiPort}`)), pool: db.pool, databaseUrl: db.url }
 }
 
-/** The same for all tests of a file: started before the first, stopped after the last. */
-export function sharedEdgeMesh(test: TestFn, env: Record<string, string> = {}): () => EdgeMesh {
+/** What `start` gives, for all tests of a file: started before the first, ended after the last. */
+export function shared<T>(test: TestFn, start: (file: ExecutionContext) => Promise<T>): () => T {
   const ends: (() => unknown)[] = []
   const file = { teardown: (end: () => unknown) => void ends.push(end) } as unknown as ExecutionContext
-  let mesh: EdgeMesh | undefined
-  test.serial.before(async () => {
-    mesh = await startEdgeMesh(file, env)
+  let started: { value: T } | undefined
+  test.before(async () => {
+    started = { value: await start(file) }
   })
   test.after.always(async () => {
     for (const end of ends.reverse()) await end()
   })
   return () => {
-    if (!mesh) throw new Error('the server starts before the first test')
-    return mesh
+    if (!started) throw new Error('it starts before the first test')
+    return started.value
   }
+}
+
+/** One EdgeMesh for all tests of a file. */
+export function sharedEdgeMesh(test: TestFn, env: Record<string, string> = {}): () => EdgeMesh {
+  return shared(test, file => startEdgeMesh(file, env))
 }
 
 /** Another instance on the database of `mesh`, with an operator of its own. */

@@ -35,7 +35,10 @@ const exitCode = await new Promise<number>(resolve => child.on('close', code => 
 await postgres?.stop()
 await rm(directory, { recursive: true, force: true })
 
-// A run that crashed may have no failing test to show for it.
-if (exitCode !== 0 && counts.failed === 0) counts.failed = 1
+// A run that crashed, or left something behind that keeps a process alive, may have no failing test to show for it.
+if (exitCode !== 0 && counts.failed === 0) {
+  console.log('ava has failed without a failing test: a test file crashed or did not exit')
+  counts.failed = 1
+}
 console.log(`${counts.passed} passed, ${counts.failed} failed${counts.skipped ? `, ${counts.skipped} skipped` : ''}`)
 process.exit(counts.failed > 0 ? 1 : 0)
