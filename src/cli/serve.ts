@@ -11,6 +11,8 @@ export function serveCommand(): Command {
       `
 SIGTERM and Ctrl-C ask devices to reconnect elsewhere, finish calls under way, and exit with 0.
 
+Calls are traced over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set.
+
 Examples:
   DATABASE_URL=postgresql://edgemesh:PASSWORD@db:5432/edgemesh?ssl=require \\
   ENROLLMENT_TOKEN_SECRET_FILE=/run/secrets/enrollment CA_KEY_PASSPHRASE_FILE=/run/secrets/ca edgemesh serve
@@ -22,9 +24,15 @@ Examples:
 async function serve(): Promise<void> {
   const settings = readSettings(process.env)
   // Wrong settings are told without waiting for the server's code to load.
-  const [{ startServer }, { createLog }] = await Promise.all([import('../server.ts'), import('../telemetry/log.ts')])
+  const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
+    import('../server.ts'),
+    import('../telemetry/log.ts'),
+    import('../telemetry/metrics.ts'),
+  ])
+  const tracing = await startTracing(process.env)
   const stopping = stopSignal()
   const server = await startServer({ settings, log: createLog({ level: settings.log.level }) })
   await asked(stopping)
   await server.stop()
+  await tracing?.stop()
 }

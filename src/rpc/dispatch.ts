@@ -23,6 +23,7 @@ import {
   status,
   type UntypedHandleCall,
 } from '@grpc/grpc-js'
+import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
 import type { Call, Identified } from '../caller.ts'
 import type { Clock } from '../clock.ts'
@@ -80,7 +81,10 @@ const messagesUnreadMax = 1_024
 /** What stands in for a message that is not what its method takes. */
 const malformed = Symbol('malformed message')
 
-type OpenCall = { call: Call; cut: (fault: Fault) => void; finish: (fault: Fault) => void }
+type OpenCall = { call: Call; span: Span; cut: (fault: Fault) => void; finish: (fault: Fault) => void }
+
+/** Costs nothing while nobody exports traces. */
+const tracer = trace.getTracer('edgemesh')
 
 type AnyCall =
   | ServerUnaryCall<unknown, unknown>
@@ -116,13 +120,19 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       signal: abort.signal,
       audit: { target: '', detail: {}, written: false },
     }
-    const opened: OpenCall = { call, cut: fault => abort.abort(fault), finish: () => {} }
+    const span = tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
+    const opened: OpenCall = { call, span, cut: fault => abort.abort(fault), finish: () => {} }
     open.add(opened)
     // The three kinds of call are all emitters, but share no overload of `on`.
     ;(grpcCall as EventEmitter).on('cancelled', () =>
       abort.abort(new Fault('ABORTED', 'CANCELLED', 'the caller has gone')),
     )
     return { peer, call, opened }
+  }
+
+  function close(opened: OpenCall): void {
+    open.delete(opened)
+    opened.span.end()
   }
 
   /** Step 5 for a call that went well. */
@@ -132,7 +142,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   }
 
   /** Steps 5 and 6 for one that did not: even a refusal is not answered before it is on record. */
-  async function auditFailure(call: Call, error: unknown): Promise<Fault | InternalError> {
+  async function auditFailure({ call, span }: OpenCall, error: unknown): Promise<Fault | InternalError> {
     let fault = faultOf(error, log)
     try {
       // What could not be written a moment ago needn't hold up the refusal a second time.
@@ -143,6 +153,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       fault = faultOf(auditError, log)
     }
     options.onCall(call.method, fault.code)
+    span.setStatus({ code: SpanStatusCode.ERROR, message: fault.reason })
     return fault
   }
 
@@ -155,9 +166,9 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         await auditSuccess(call)
         callback(null, response)
       } catch (error) {
-        callback(statusOf(await auditFailure(call, error)))
+        callback(statusOf(await auditFailure(opened, error)))
       } finally {
-        open.delete(opened)
+        close(opened)
       }
     }
     return serve
@@ -178,9 +189,9 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         }
         grpcCall.end()
       } catch (error) {
-        grpcCall.emit('error', statusOf(await auditFailure(call, error)))
+        grpcCall.emit('error', statusOf(await auditFailure(opened, error)))
       } finally {
-        open.delete(opened)
+        close(opened)
       }
     }
     return serve
@@ -208,10 +219,10 @@ export function createDispatch(options: DispatchOptions): Dispatch {
           ])
           options.onCall(method, 'CANCELLED')
         } else {
-          grpcCall.emit('error', statusOf(await auditFailure(call, error)))
+          grpcCall.emit('error', statusOf(await auditFailure(opened, error)))
         }
       } finally {
-        open.delete(opened)
+        close(opened)
       }
     }
     return serve
@@ -221,7 +232,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     // biome-ignore lint/suspicious/noExplicitAny: the four shapes of a gRPC handler have no type in common
     return (grpcCall: any, callback: any) => {
       const { peer, call, opened } = begin(grpcCall, method)
-      open.delete(opened)
+      close(opened)
       admit(peer, call, access)
         .then(() => {
           wellFormed(grpcCall.request)
@@ -229,7 +240,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
           ;(handle as any)(grpcCall, callback)
         })
         .catch(async error => {
-          const refusal = statusOf(await auditFailure(call, error))
+          const refusal = statusOf(await auditFailure(opened, error))
           if (callback) callback(refusal)
           else grpcCall.emit('error', refusal)
         })
