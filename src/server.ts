@@ -43,8 +43,8 @@ import { keepServerCertificate } from './identity/server-certificate.ts'
 import { createStanding } from './identity/standing.ts'
 import { createTrustBundleSource } from './identity/trust-bundle.ts'
 import { createDispatch } from './rpc/dispatch.ts'
+import { enforceStanding } from './rpc/enforcement.ts'
 import { rateLimit } from './rpc/limits.ts'
-import { certificateExpired } from './rpc/peer.ts'
 import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
 import type { Settings } from './settings.ts'
@@ -83,9 +83,6 @@ const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
 const partitionMaintenanceMs = 3_600_000
 const dayMs = 86_400_000
-/** How often open streams are looked through for certificates that have expired: tens of microseconds each time. */
-const expirySweepMs = 500
-const recheckRetryMs = 500
 /** What a part may take to stop beyond the time to drain: work that waits for a database that is away is given up. */
 const stopMarginMs = 2_000
 
@@ -249,12 +246,12 @@ async function compose(
     log,
     onCall: metrics.call,
   })
-  cutRevoked(feed, standing, dispatch, trustBundle, log)
-  const expiring = setInterval(() => {
-    const now = clock()
-    dispatch.cut(caller => caller.notAfter <= now, certificateExpired())
-  }, expirySweepMs)
-  stops.push(() => clearInterval(expiring))
+  stops.push(enforceStanding({ feed, standing, dispatch, clock, log }))
+  // The revocation list is signed anew when certificates were revoked, or may have been.
+  feed.onReset(trustBundle.invalidate)
+  feed.onChange(keys => {
+    if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
+  })
   const enrollDeps: EnrollDeps = {
     db,
     issuance,
@@ -380,38 +377,6 @@ async function openState(settings: Settings, log: Log, stops: (() => Promise<voi
 async function startEngine(settings: Settings, log: Log): Promise<PolicyEngine> {
   const { url, timeoutMs, bearerToken } = settings.opa
   return url === undefined ? startWasmPolicy() : startOpaPolicy({ url, timeoutMs, bearerToken, log })
-}
-
-/** A revocation is enforced on open calls the moment that the feed tells of it. */
-function cutRevoked(
-  feed: Awaited<ReturnType<typeof startChangeFeed>>,
-  standing: ReturnType<typeof createStanding>,
-  dispatch: ReturnType<typeof createDispatch>,
-  trustBundle: ReturnType<typeof createTrustBundleSource>,
-  log: Log,
-): void {
-  const recheck = (concerns: Set<string> | undefined) => {
-    for (const caller of dispatch.callers(concerns)) {
-      standing.demand(caller).catch(error => {
-        if (error instanceof Fault && error.code === 'UNAUTHENTICATED') {
-          dispatch.cut(other => other.serial === caller.serial, error)
-        } else {
-          // As long as its calls are open, it is not known that they may be.
-          log.debug({ err: error }, 'a certificate could not be looked at again yet')
-          setTimeout(() => recheck(new Set([`${caller.kind}:${caller.id}`])), recheckRetryMs).unref()
-        }
-      })
-    }
-  }
-  feed.onChange(keys => {
-    if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
-    const concerns = new Set(keys.filter(key => /^(device|operator|service):/.test(key)))
-    if (concerns.size > 0) recheck(concerns)
-  })
-  feed.onReset(() => {
-    trustBundle.invalidate()
-    recheck(undefined)
-  })
 }
 
 function authorityState(authority: Authority, trustBundle: ReturnType<typeof createTrustBundleSource>) {
