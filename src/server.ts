@@ -276,7 +276,6 @@ async function compose(
       admin: adminHandlers({
         db,
         clock,
-        instanceId,
         tokenSecret: settings.identity.enrollmentTokenSecret,
         authority: authorityState(authority, trustBundle),
         policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },

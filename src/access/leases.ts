@@ -78,7 +78,7 @@ const underWayMax = 64
 /** A lease that could not be decided is tried again after this long. */
 const retryMs = 500
 
-export const connectionsTable: JournalTable = {
+const connectionsTable: JournalTable = {
   name: 'connections',
   columns: [
     { name: 'id', type: 'uuid' },

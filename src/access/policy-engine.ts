@@ -7,6 +7,7 @@
  */
 import { z } from 'zod'
 import { Fault } from '../fault.ts'
+import type { PostureRequirements } from '../fleet/posture.ts'
 
 export type PolicyEntrypoint = 'authz' | 'admin'
 
@@ -61,17 +62,8 @@ export type DeviceHealth = {
   attributes: Record<string, unknown>
 }
 
-/** true: required. A value must be under its limit; null: no limit. */
-export type HealthRequirements = {
-  health_max_age_seconds: number
-  patches_current: boolean
-  antivirus_enabled: boolean
-  disk_encrypted: boolean
-  firewall_enabled: boolean
-  cpu_percent_max: number | null
-  memory_percent_max: number | null
-  disk_percent_max: number | null
-}
+/** What the database requires of posture, and how old a report may be at most. */
+export type HealthRequirements = PostureRequirements & { health_max_age_seconds: number }
 
 /** A window within one day, from `start_minute` up to and without `end_minute`; 1440 is the end of the day. */
 export type AccessHours = {

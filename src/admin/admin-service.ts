@@ -23,7 +23,6 @@ import { userHandlers } from './users.ts'
 export type AdminDeps = {
   db: Database
   clock: Clock
-  instanceId: string
   /** ENROLLMENT_TOKEN_SECRET: what the hashes of tokens are made under. */
   tokenSecret: string
   authority: AuthorityState

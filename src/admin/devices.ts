@@ -36,7 +36,7 @@ export const deviceTypes: Record<DeviceTypeName, DeviceType> = {
 }
 
 /** The statuses as the database spells them. */
-export const deviceStatuses: Record<DeviceStatusName, DeviceStatus> = {
+const deviceStatuses: Record<DeviceStatusName, DeviceStatus> = {
   pending: DeviceStatus.PENDING,
   active: DeviceStatus.ACTIVE,
   quarantined: DeviceStatus.QUARANTINED,
@@ -49,7 +49,7 @@ export function deviceTypeName(type: DeviceType): DeviceTypeName {
 }
 
 /** `undefined` for UNSPECIFIED. */
-export function deviceStatusName(status: DeviceStatus): DeviceStatusName | undefined {
+function deviceStatusName(status: DeviceStatus): DeviceStatusName | undefined {
   const names = Object.keys(deviceStatuses) as DeviceStatusName[]
   return names.find(name => deviceStatuses[name] === status)
 }

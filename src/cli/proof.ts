@@ -27,7 +27,7 @@ export type Proven<T> = {
 /** Runs one step and tells how it went. A step that fails ends the proof. */
 export type Step = <T>(name: ProofStep, work: () => Promise<Proven<T>>) => Promise<T>
 
-export const proofSteps = ['token', 'enroll', 'heartbeat', 'allow', 'posture', 'revoked', 'deny', 'metrics'] as const
+const proofSteps = ['token', 'enroll', 'heartbeat', 'allow', 'posture', 'revoked', 'deny', 'metrics'] as const
 export type ProofStep = (typeof proofSteps)[number]
 
 export const demo = { device: 'demo-laptop', user: 'demo', service: 'demo-database' } as const

@@ -5,10 +5,10 @@
  * with hundreds of others → acknowledged, with the next interval and what the device should do. If what policy can see
  * of the device has changed, every instance hears of it with the commit, and its connections are decided anew.
  */
-import type { Call } from '../caller.ts'
+import type { Call, Identified } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { durationOf } from '../duration.ts'
-import { Fault, invalidField } from '../fault.ts'
+import { invalidField } from '../fault.ts'
 import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { MessageStream } from '../message-stream.ts'
 import {
@@ -65,8 +65,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
         await deps.limit(caller.id)
         const receivedAtMs = deps.clock()
         const requirements = await deps.requirements()
-        const { posture, announce } = merge(said, request, requirements, receivedAtMs)
-        const failing = failingPosture(posture, requirements)
+        const { posture, failing, announce } = merge(said, request, requirements, receivedAtMs)
         await deps.writer.write({
           deviceId: caller.id,
           sequence: request.sequence,
@@ -77,7 +76,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
           announce,
         })
         deps.onHeartbeat()
-        stream.send(await acknowledge(request.sequence, failing, call, told))
+        stream.send(await acknowledge(request.sequence, failing, caller, told))
       })
     } finally {
       streams.delete(stream)
@@ -97,24 +96,23 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     }
     if (request.posture) checkPosture(request.posture)
     const posture = request.posture ? mergePosture(said.posture, request.posture) : (said.posture as PostureValues)
-    const ground = postureGround(posture, failingPosture(posture, requirements))
+    const failing = failingPosture(posture, requirements)
+    const ground = postureGround(posture, failing)
     const wasStale = receivedAtMs - said.receivedAtMs >= deps.maxAgeMs
     const announce = wasStale || ground !== said.ground
     said.sequence = request.sequence
     said.posture = posture
     said.ground = ground
     said.receivedAtMs = receivedAtMs
-    return { posture, announce }
+    return { posture, failing, announce }
   }
 
   async function acknowledge(
     sequence: number,
     failing: string[],
-    call: Call,
+    caller: Identified,
     told: { revision: string },
   ): Promise<HeartbeatResponse> {
-    const { caller } = call
-    if (caller.kind !== 'device') throw new Fault('PERMISSION_DENIED', 'WRONG_CALLER', 'this is for devices')
     const directives: Directive[] = []
     const now = deps.clock()
     if (caller.notAfter - now < deps.certValidityMs / 3) {

@@ -173,7 +173,7 @@ export function readTime({ tag, contents }: DerNode): Date {
 }
 
 /** Any value: its tag, the length of its contents, and its contents from `parts`. */
-export function derValue(tag: number, ...parts: Uint8Array[]): Buffer {
+function derValue(tag: number, ...parts: Uint8Array[]): Buffer {
   const length = parts.reduce((sum, part) => sum + part.length, 0)
   return Buffer.concat([header(tag, length), ...parts])
 }

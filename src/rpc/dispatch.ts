@@ -10,18 +10,17 @@
  */
 
 import type { EventEmitter } from 'node:events'
-import {
-  type handleBidiStreamingCall,
-  type handleServerStreamingCall,
-  type handleUnaryCall,
-  type MethodDefinition,
-  type Server,
-  type ServerDuplexStream,
-  type ServerUnaryCall,
-  type ServerWritableStream,
-  type ServiceDefinition,
-  status,
-  type UntypedHandleCall,
+import type {
+  handleBidiStreamingCall,
+  handleServerStreamingCall,
+  handleUnaryCall,
+  MethodDefinition,
+  Server,
+  ServerDuplexStream,
+  ServerUnaryCall,
+  ServerWritableStream,
+  ServiceDefinition,
+  UntypedHandleCall,
 } from '@grpc/grpc-js'
 import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
@@ -407,6 +406,3 @@ function messageStream(
     },
   }
 }
-
-/** gRPC's name of a code, such as `NOT_FOUND`. */
-export const codeName = (code: number): string => status[code] ?? 'UNKNOWN'

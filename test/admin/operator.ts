@@ -27,7 +27,6 @@ export async function operator(t: ExecutionContext<unknown>) {
   const admin = adminHandlers({
     db,
     clock: () => time.now,
-    instanceId: 'instance-1',
     tokenSecret,
     authority,
     policy: { revision: () => 'revision-1', engine: 'in-process' },
