@@ -34,6 +34,7 @@ import { createHeartbeats } from './fleet/heartbeat.ts'
 import { startReportWriter } from './fleet/report-writer.ts'
 import { openStoredAuthority } from './identity/authority-store.ts'
 import type { Authority } from './identity/certificate-authority.ts'
+import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
 import { createIssuance } from './identity/issuance.ts'
@@ -252,10 +253,12 @@ async function compose(
   feed.onChange(keys => {
     if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
   })
+  const challenges = createChallenges({ secret: settings.identity.enrollmentTokenSecret, clock })
   const enrollDeps: EnrollDeps = {
     db,
     issuance,
     trustBundle,
+    challenges,
     trustDomain,
     intermediatesPem: authority.intermediates,
     tokenSecret: settings.identity.enrollmentTokenSecret,
@@ -268,6 +271,7 @@ async function compose(
     dispatch,
     {
       enroll: createEnroll(enrollDeps),
+      challenges,
       renewCertificate: createRenew(enrollDeps),
       trustBundle,
       heartbeats,

@@ -25,7 +25,15 @@ export type Settings = Readonly<{
   dataDir: string
   /** How long calls under way may take to finish when the process stops. */
   drainMs: number
-  api: Readonly<{ host: string; port: number; title: string; version: string; corsOrigins: readonly string[] }>
+  api: Readonly<{
+    host: string
+    port: number
+    title: string
+    version: string
+    corsOrigins: readonly string[]
+    /** Networks in CIDR notation, from which connections begin with a PROXY protocol header. */
+    trustedProxies: readonly string[]
+  }>
   database: Readonly<{
     /** In the form that `pg` reads, TLS included; undefined means the embedded server. */
     url: string | undefined
@@ -45,6 +53,10 @@ export type Settings = Readonly<{
     certValidityDays: number
     caCertValidityDays: number
     caKeyPassphrase: string
+    /** An authority of the operator's own, PEM; undefined means one in the database. */
+    caCertPem: string | undefined
+    caKeyPem: string | undefined
+    recovery: Readonly<{ windowMs: number; into: 'quarantine' | 'approval' }>
     serverNames: readonly string[]
     serverCertValidityMs: number
     crlUrl: string | undefined
@@ -98,6 +110,21 @@ function decimal(max: number) {
       error: `must be a number above 0 and at most ${max}, such as 5 or 0.5`,
     })
     .transform(Number)
+}
+
+function decimalOrZero(max: number) {
+  return text
+    .refine(number => /^\d+(\.\d+)?$/.test(number) && Number(number) <= max, {
+      error: `must be a number from 0 to ${max}, such as 7 or 0.5`,
+    })
+    .transform(Number)
+}
+
+/** Whether there is a block of that kind at all. What it says is checked by who opens it. */
+function pem(label: string) {
+  return z.string().refine(value => new RegExp(`-----BEGIN ${label}-----`).test(value), {
+    error: 'must be PEM: -----BEGIN …-----',
+  })
 }
 
 /** 0 lets the system choose a free port. */
@@ -209,6 +236,24 @@ const serverNames = text.transform((list, context) => {
   return wrong.length === 0 ? names : refuse(context, `neither DNS names nor IP addresses: ${wrong.join(', ')}`)
 })
 
+const networks = text.transform((list, context) => {
+  const given = list
+    .split(',')
+    .map(network => network.trim())
+    .filter(network => network !== '')
+  const wrong = given.filter(network => !isNetwork(network))
+  return wrong.length === 0
+    ? given
+    : refuse(context, `not networks such as 10.0.0.0/8 or fd00::/8: ${wrong.join(', ')}`)
+})
+
+/** CIDR notation (RFC 4632 section 3.1), or a single address. */
+export function isNetwork(text: string): boolean {
+  const [, address = '', length] = /^([0-9a-f.:]+)(?:\/(\d{1,3}))?$/i.exec(text) ?? []
+  const family = isIP(address)
+  return family !== 0 && Number(length ?? 0) <= (family === 4 ? 32 : 128)
+}
+
 const trustDomain = text.regex(/^[a-z0-9._-]{1,255}$/, {
   error: 'must be a SPIFFE trust domain: lower-case letters, digits, dots, dashes, underscores',
 })
@@ -306,6 +351,25 @@ const VARIABLES = {
       "encrypts the authority's private keys in the database; at least 32 characters, the same for all instances",
     hint: MAKE_SECRET,
   }),
+  CA_CERT: optional(pem('CERTIFICATE'), 'an authority made on the first start, in the database', {
+    meaning:
+      'the certificate authority that issues, PEM: its certificate, what is above it, and the root; ' +
+      'usually given as CA_CERT_FILE. During a rotation the new one stands beside the old one',
+  }),
+  CA_KEY: optional(pem('(?:[A-Z]+ )*PRIVATE KEY'), 'in the database', {
+    secret: true,
+    meaning:
+      'the private key of CA_CERT, PEM, plain or encrypted under CA_KEY_PASSPHRASE; usually given as CA_KEY_FILE',
+  }),
+  CERT_RECOVERY_DAYS: defaulted(decimalOrZero(3_650), '7', {
+    unit: 'days',
+    meaning: 'how long after its certificate has expired a device may come back with its key; 0: never',
+  }),
+  CERT_RECOVERY: defaulted(
+    text.pipe(z.enum(['quarantine', 'approval'], { error: 'must be quarantine or approval' })),
+    'quarantine',
+    { meaning: 'what becomes of a device that came back: quarantined until released, or kept out until approved' },
+  ),
   CERT_VALIDITY_DAYS: defaulted(wholeNumber(1, 825), '90', {
     unit: 'days',
     meaning: 'validity of device certificates',
@@ -323,7 +387,9 @@ const VARIABLES = {
     meaning: "validity of the server's certificate, which renews itself; fractions allowed",
   }),
   CRL_URL: optional(httpUrl, 'none', {
-    meaning: 'where others fetch the revocation list; written into certificates as distribution point',
+    meaning:
+      'where others reach /crl of METRICS_PORT; certificates carry CRL_URL/<key id of their issuer>.crl ' +
+      'as distribution point',
   }),
   RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', { meaning: 'enrollment attempts of one source address' }),
   RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', { meaning: 'authorization requests of one device' }),
@@ -350,6 +416,11 @@ const VARIABLES = {
   }),
   API_PORT: defaulted(port, '8000', { meaning: 'gRPC port; 0 takes a free one' }),
   API_HOST: defaulted(text, '0.0.0.0', { meaning: 'address that API_PORT listens on' }),
+  TRUSTED_PROXIES: defaulted(networks, '', {
+    meaning:
+      'networks of load balancers, separated by commas, whose connections begin with a PROXY protocol header ' +
+      '(version 1 or 2) that tells the address of the client',
+  }),
   API_TITLE: defaulted(text, 'EdgeMesh Control Plane', { meaning: 'name of the service in its own descriptions' }),
   API_VERSION: defaulted(text, '1.0.0', { meaning: 'version of the service in its own descriptions' }),
   CORS_ORIGINS: defaulted(corsOrigins, '[]', {
@@ -469,6 +540,14 @@ function checkTogether(values: Partial<Values>, problems: SettingsProblem[]): vo
       hint: 'a certificate is worth nothing once its authority has expired',
     })
   }
+  for (const [one, other] of [
+    ['CA_CERT', 'CA_KEY'],
+    ['CA_KEY', 'CA_CERT'],
+  ] as const) {
+    if (values[one] === undefined || values[other] !== undefined) continue
+    if (problems.some(({ variable }) => variable.startsWith(other))) continue
+    problems.push({ variable: other, problem: `is missing: ${one} is of no use without it` })
+  }
   const { API_PORT, API_HOST, METRICS_PORT, METRICS_HOST } = values
   if (API_PORT !== undefined && API_PORT !== 0 && API_PORT === METRICS_PORT && API_HOST === METRICS_HOST) {
     problems.push({ variable: 'METRICS_PORT', problem: `is the same as API_PORT: ${API_PORT}` })
@@ -493,6 +572,7 @@ function assemble(values: Values): Settings {
       title: values.API_TITLE,
       version: values.API_VERSION,
       corsOrigins: values.CORS_ORIGINS,
+      trustedProxies: values.TRUSTED_PROXIES,
     },
     database: {
       url: values.DATABASE_URL,
@@ -507,6 +587,9 @@ function assemble(values: Values): Settings {
       certValidityDays: values.CERT_VALIDITY_DAYS,
       caCertValidityDays: values.CA_CERT_VALIDITY_DAYS,
       caKeyPassphrase: values.CA_KEY_PASSPHRASE,
+      caCertPem: values.CA_CERT,
+      caKeyPem: values.CA_KEY,
+      recovery: { windowMs: values.CERT_RECOVERY_DAYS * 86_400_000, into: values.CERT_RECOVERY },
       serverNames: values.SERVER_NAMES ?? [...new Set(['localhost', hostname()])],
       serverCertValidityMs: values.SERVER_CERT_VALIDITY_HOURS * 3_600_000,
       crlUrl: values.CRL_URL,
@@ -539,7 +622,7 @@ export function describeSettings(settings: Settings): Settings {
       replicaUrls: database.replicaUrls.map(maskPassword),
     },
     opa: { ...opa, url: opa.url && maskPassword(opa.url), bearerToken: opa.bearerToken && MASK },
-    identity: { ...identity, enrollmentTokenSecret: MASK, caKeyPassphrase: MASK },
+    identity: { ...identity, enrollmentTokenSecret: MASK, caKeyPassphrase: MASK, caKeyPem: identity.caKeyPem && MASK },
   }
 }
 

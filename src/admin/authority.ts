@@ -26,6 +26,8 @@ export function authorityHandlers({ authority }: { authority: AuthorityState }) 
         intermediateNotAfter: authority.intermediateNotAfter,
         rotationStage: AuthorityRotationStage.STABLE,
         rootKeySha256: authority.rootKeySha256,
+        authorities: [],
+        progress: undefined,
       }
     },
   }

@@ -3,6 +3,7 @@ import { z } from 'zod'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
+import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
 import type {
@@ -181,6 +182,8 @@ async function deviceMessages(em: EntityManager, devices: Device[]): Promise<Dev
       posture: latest && { ...latest.posture, measuredAt: latest.measuredAt },
       failingPosture: latest?.failing ?? [],
       certificates: (certificatesOf.get(device.id) ?? []).map(certificateMessage),
+      clockOffset: latest?.clockOffsetMs == null ? undefined : durationOf(latest.clockOffsetMs),
+      trustBundleId: latest?.trustBundleId ?? '',
     }
   })
 }
@@ -193,6 +196,7 @@ function certificateMessage(certificate: Certificate): CertificateMessage {
     notAfter: certificate.notAfter,
     revokedAt: certificate.revokedAt ?? undefined,
     revocationReason: certificate.revocationReason ?? '',
+    issuerKeyId: certificate.issuerKeyId ?? '',
   }
 }
 

@@ -79,6 +79,9 @@ export function tokenHandlers({
         labels: asked.labels,
         deviceType: asked.deviceType === DeviceType.UNSPECIFIED ? null : deviceTypeName(asked.deviceType),
         deviceId: asked.deviceId || null,
+        deviceIdPattern: null,
+        sourceNetworks: [],
+        requiresApproval: false,
         createdBy: callerName(call.caller),
         createdAt: new Date(now),
       }
@@ -127,7 +130,7 @@ export function tokenHandlers({
         return { answer: token, keys: [] }
       })
       const redemptions = await newestRedemptions([token.id])
-      return { token: tokenMessage(token, redemptions.get(token.id) ?? [], clock()) }
+      return { token: tokenMessage(token, redemptions.get(token.id) ?? [], clock()), devicesRevoked: 0 }
     },
   }
 
@@ -153,7 +156,7 @@ export function tokenHandlers({
 /** What became of a token counts more than what would have: revoked, then used up, then expired. */
 function statusOf(token: EnrollmentToken, nowMs: number): EnrollmentTokenStatus {
   if (token.revokedAt) return EnrollmentTokenStatus.REVOKED
-  if (token.uses >= token.usesMax) return EnrollmentTokenStatus.USED_UP
+  if (token.usesMax != null && token.uses >= token.usesMax) return EnrollmentTokenStatus.USED_UP
   if (token.expiresAt.getTime() <= nowMs) return EnrollmentTokenStatus.EXPIRED
   return EnrollmentTokenStatus.ACTIVE
 }
@@ -162,19 +165,23 @@ function tokenMessage(token: EnrollmentToken, redemptions: TokenRedemption[], no
   return {
     id: token.id,
     status: statusOf(token, nowMs),
-    usesMax: token.usesMax,
+    usesMax: token.usesMax ?? 0,
     uses: token.uses,
     expiresAt: token.expiresAt,
     labels: token.labels,
     deviceType: deviceTypes[(token.deviceType ?? 'unspecified') as DeviceTypeName],
     deviceId: token.deviceId ?? '',
-    requiresApproval: false,
+    requiresApproval: token.requiresApproval,
+    reusable: token.usesMax == null,
+    deviceIdPattern: token.deviceIdPattern ?? '',
+    sourceNetworks: token.sourceNetworks,
     createdBy: token.createdBy,
     createdAt: token.createdAt,
-    redemptions: redemptions.map(({ deviceId, redeemedAt, sourceAddress }) => ({
+    redemptions: redemptions.map(({ deviceId, redeemedAt, sourceAddress, publicKeySha256 }) => ({
       deviceId,
       redeemedAt,
       sourceAddress,
+      publicKeySha256,
     })),
   }
 }

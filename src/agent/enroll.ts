@@ -11,8 +11,8 @@ import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { type Channel, Metadata } from '@grpc/grpc-js'
 import { Fault } from '../fault.ts'
 import {
-  type EnrollRequest,
   EnrollServiceClient,
+  type GetChallengeResponse,
   type GetTrustBundleResponse,
   type Identity,
   type RenewCertificateResponse,
@@ -22,7 +22,7 @@ import { decodePem, encodePem } from '../identity/pem.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
 import { parseToken } from '../identity/tokens.ts'
 import { answerOf, type ChannelTarget, type Credentials, channelTo, type Server } from './channel.ts'
-import { createSigningRequest, signingRequestFor } from './csr.ts'
+import { createKey, signingRequestFor } from './csr.ts'
 import { pinnedTrustBundle } from './first-contact.ts'
 
 export type DeviceCredentials = Credentials & {
@@ -49,7 +49,7 @@ export async function enrollDevice({
   server,
   token,
   device,
-  keyPem = createSigningRequest().keyPem,
+  keyPem = createKey(),
   signal,
   onPendingApproval,
 }: {
@@ -73,21 +73,29 @@ export async function enrollDevice({
   // Step 2: The token and the request, on a connection on which the server has proved itself.
   const target = channelTo({ server, rootsPem: rootsPem.join('') })
   const description = DeviceDescription.fromPartial(device)
-  const request = { token: token.trim(), csr: signingRequestFor(keyPem), device: description }
-  const identity = await enrolledIdentity(target, request, signal, onPendingApproval)
+  const identity = await enrolledIdentity(
+    target,
+    { token: token.trim(), keyPem, device: description },
+    signal,
+    onPendingApproval,
+  )
 
   // Step 3: What came back, before anything relies on it.
   return checkedCredentials(identity, keyPem)
 }
 
-function enrolledIdentity(
+async function enrolledIdentity(
   { address, credentials, options }: ChannelTarget,
-  request: EnrollRequest,
+  { token, keyPem, device }: { token: string; keyPem: string; device: DeviceDescription },
   signal: AbortSignal | undefined,
   onPendingApproval: ((deviceId: string) => void) | undefined,
 ): Promise<Identity> {
   const client = new EnrollServiceClient(address, credentials, options)
-  const call = client.enroll(request)
+  const challenge = await challengeOf(client).catch(error => {
+    client.close()
+    throw error
+  })
+  const call = client.enroll({ token, csr: signingRequestFor(keyPem, challenge), device, sentAt: new Date() })
   const cancel = () => call.cancel()
   signal?.addEventListener('abort', cancel)
   let timedOut = false
@@ -112,6 +120,14 @@ function enrolledIdentity(
   })
 }
 
+/** What the server wants to see signed. */
+async function challengeOf(client: EnrollServiceClient): Promise<string> {
+  const { challenge } = await answerOf<GetChallengeResponse>(done =>
+    client.getChallenge({}, new Metadata(), { deadline: deadline() }, done),
+  )
+  return challenge
+}
+
 /**
  * A new certificate for a new key, of the same identity. The old credentials stay good until they expire.
  *
@@ -122,12 +138,13 @@ export async function renewCredentials(
   credentials: DeviceCredentials,
   channel?: Channel,
 ): Promise<DeviceCredentials> {
-  const { keyPem, csrDer } = createSigningRequest()
-  const { identity } = await withClient(server, credentials, channel, client =>
-    answerOf<RenewCertificateResponse>(done =>
-      client.renewCertificate({ csr: csrDer }, new Metadata(), { deadline: deadline() }, done),
-    ),
-  )
+  const keyPem = createKey()
+  const { identity } = await withClient(server, credentials, channel, async client => {
+    const csr = signingRequestFor(keyPem, await challengeOf(client))
+    return answerOf<RenewCertificateResponse>(done =>
+      client.renewCertificate({ csr, sentAt: new Date() }, new Metadata(), { deadline: deadline() }, done),
+    )
+  })
   if (identity === undefined) throw unusable('the server answered without a certificate')
   if (identity.spiffeId !== credentials.spiffeId) throw unusable(`the certificate names another: ${identity.spiffeId}`)
   return checkedCredentials(identity, keyPem)

@@ -47,7 +47,7 @@ export async function pinnedTrustBundle({
     )
     const root = (trustBundle?.rootsPem ?? []).slice(0, rootsMax).find(pem => isPinned(pem, rootKeySha256))
     if (root === undefined) throw notPinned(server)
-    return { rootsPem: [root], intermediatesPem: [], crlDer: Buffer.alloc(0), trustDomain: '' }
+    return { rootsPem: [root], intermediatesPem: [], crlDer: Buffer.alloc(0), crlsDer: [], trustDomain: '', id: '' }
   } finally {
     client.close()
   }

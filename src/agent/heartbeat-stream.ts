@@ -89,7 +89,13 @@ export function openHeartbeats({
       const acknowledged = new Promise<HeartbeatResponse>((resolve, reject) => {
         waiting.set(sequence, { resolve, reject })
       })
-      call.write({ sequence, posture: Posture.fromPartial(posture), openConnectionIds, sentAt: new Date(clock()) })
+      call.write({
+        sequence,
+        posture: Posture.fromPartial(posture),
+        openConnectionIds,
+        sentAt: new Date(clock()),
+        trustBundleId: '',
+      })
       return acknowledged
     },
   }

@@ -15,7 +15,7 @@ import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { chmod, mkdir, open, readFile, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { Fault } from '../fault.ts'
-import { createSigningRequest } from './csr.ts'
+import { createKey } from './csr.ts'
 import type { DeviceCredentials } from './enroll.ts'
 
 const keyFile = 'device.key'
@@ -71,7 +71,7 @@ export async function keyForEnrollment(directory: string): Promise<string> {
     readOr(directory, keyFile, () => createPrivateKey(kept))
     return kept
   }
-  const { keyPem } = createSigningRequest()
+  const keyPem = createKey()
   await makeFolder(directory)
   await replaceFile(directory, keyFile, keyPem, secretMode)
   return keyPem

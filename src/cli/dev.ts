@@ -9,7 +9,7 @@ import { relative } from 'node:path'
 import { Command } from 'commander'
 import { destination } from 'pino'
 import type { Credentials } from '../agent/channel.ts'
-import { createSigningRequest } from '../agent/csr.ts'
+import { createKey, signingRequestFor } from '../agent/csr.ts'
 import type { RunningServer, StartStep } from '../server.ts'
 import { readSettings, type Settings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
@@ -209,7 +209,8 @@ async function operatorOf(server: RunningServer, settings: Settings, address: st
 }
 
 async function newOperator(server: RunningServer) {
-  const { keyPem, csrDer: csr } = createSigningRequest()
+  const keyPem = createKey()
+  const csr = signingRequestFor(keyPem)
   const request = { name: 'admin', role: 'admin', csr, validityMs: operatorValidityMs }
   return { keyPem, ...(await server.issueOperator(request)) }
 }

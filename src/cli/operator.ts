@@ -1,7 +1,7 @@
 /** `edgemesh operator`: certificates for those who administrate, made beside the database. */
 import { Command, Option } from 'commander'
 import { destination } from 'pino'
-import { createSigningRequest } from '../agent/csr.ts'
+import { createKey, signingRequestFor } from '../agent/csr.ts'
 import { readSettings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
 import { withSecretsIfKept } from './local-secrets.ts'
@@ -57,7 +57,8 @@ async function create(name: string, options: CreateOptions): Promise<void> {
   const { openOffline } = await import('../server.ts')
   const offline = await openOffline(settings, createLog({ level: settings.log.level, destination: destination(2) }))
   try {
-    const { csrDer: csr, keyPem } = createSigningRequest()
+    const keyPem = createKey()
+    const csr = signingRequestFor(keyPem)
     const { role, out, days } = options
     const { certificatePem, rootsPem, notAfter } = await offline.issueOperator({
       name,

@@ -68,6 +68,9 @@ export async function prove(
         deviceType: DeviceType.LAPTOP,
         deviceId: demo.device,
         requiresApproval: false,
+        reusable: false,
+        deviceIdPattern: '',
+        sourceNetworks: [],
       })
       const detail = { id: token?.id, user: demo.user, service: demo.service }
       return { value: tokenText, detail, said: `the operator has made a token for one device: ${token?.id}` }

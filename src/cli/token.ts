@@ -69,6 +69,9 @@ Examples:
           deviceType: valueFor(DeviceType, options.type),
           deviceId: options.device ?? '',
           requiresApproval: false,
+          reusable: false,
+          deviceIdPattern: '',
+          sourceNetworks: [],
         })
         if (options.json) {
           console.log(JSON.stringify({ tokenText, token: token && EnrollmentToken.toJSON(token) }))
@@ -135,7 +138,7 @@ Examples:
     )
     .action((id: string, options: ConnectionOptions & { json?: true }) =>
       withAdmin(options, async admin => {
-        const { token } = await admin.call('revokeEnrollmentToken', { id })
+        const { token } = await admin.call('revokeEnrollmentToken', { id, revokeDevices: false, reason: '' })
         if (options.json) console.log(JSON.stringify(token && EnrollmentToken.toJSON(token)))
         else console.log(`token ${id} is revoked; it was used ${token?.uses} of ${token?.usesMax} times`)
       }),

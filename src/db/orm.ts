@@ -10,6 +10,7 @@ import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from
 import pg from 'pg'
 import { Fault } from '../fault.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
+import { IdentityLife } from './migrations/0002-identity-life.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -67,7 +68,10 @@ export async function openDatabase(options: {
     migrations: {
       tableName: 'migrations',
       snapshot: false,
-      migrationsList: [{ name: '0001-first', class: FirstSchema }],
+      migrationsList: [
+        { name: '0001-first', class: FirstSchema },
+        { name: '0002-identity-life', class: IdentityLife },
+      ],
     },
     logger: () => {},
     ensureDatabase: false,

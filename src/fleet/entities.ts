@@ -19,6 +19,8 @@ export const Device = defineEntity({
     spiffeId: p.text(),
     /** The key that enrolled; another key can't take over the id. */
     publicKeySha256: p.text(),
+    /** The expired certificate with which it came back and asked to be let in again; null: none. */
+    recoverySerial: p.text().nullable(),
     enrolledAt: p.datetime(),
     updatedAt: p.datetime(),
   },
@@ -36,6 +38,10 @@ export const DevicePosture = defineEntity({
     failing: p.json<string[]>(),
     measuredAt: p.datetime(),
     receivedAt: p.datetime(),
+    /** `TrustBundle.id` as the device reported it; empty: never. */
+    trustBundleId: p.text().default(''),
+    /** How far the device's clock was ahead of ours; null: never told. */
+    clockOffsetMs: p.bigint('number').nullable(),
   },
 })
 export type DevicePosture = InferEntity<typeof DevicePosture>

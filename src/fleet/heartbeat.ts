@@ -116,7 +116,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     const directives: Directive[] = []
     const now = deps.clock()
     if (caller.notAfter - now < deps.certValidityMs / 3) {
-      directives.push({ kind: { $case: 'renewCertificate', value: {} } })
+      directives.push({ kind: { $case: 'renewCertificate', value: { delay: undefined } } })
     }
     const revision = deps.policyRevision()
     if (revision !== told.revision) {

@@ -34,5 +34,8 @@ export async function openStoredAuthority(options: {
         `set TRUST_DOMAIN=${stored.trustDomain}, or use another database`,
     )
   }
-  return { authority: openAuthority({ ...stored, passphrase }), created }
+  return {
+    authority: openAuthority({ ...stored, intermediateKeyPem: stored.intermediateKeyPem ?? '', passphrase }),
+    created,
+  }
 }

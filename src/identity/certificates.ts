@@ -502,12 +502,11 @@ function extendedKeyUsage({ extensions }: ParsedCertificate): string[] {
 
 /** The text of an attribute that the name has exactly once. With two, which one counts would be anyone's guess. */
 function soleAttribute(name: DerNode, id: string): string | undefined {
-  const printableString = 0x13
   const values = name.children
     .flatMap(relativeName => relativeName.children)
     .filter(attribute => attribute.children[0]?.tag === tags.oid && oidText(attribute.children[0].contents) === id)
     .map(attribute => attribute.children[1])
   const [value] = values
-  if (values.length !== 1 || (value?.tag !== tags.utf8String && value?.tag !== printableString)) return undefined
+  if (values.length !== 1 || (value?.tag !== tags.utf8String && value?.tag !== tags.printableString)) return undefined
   return value.contents.toString('utf8')
 }

@@ -2,7 +2,8 @@
  * Checks a certificate request (PKCS#10, RFC 2986) and takes from it the one thing that is believed: the public key.
  *
  * Who the certificate will name is known from the token or from the certificate being renewed. The request's subject
- * and its attributes are read only so far as to know that they are well-formed, and then forgotten.
+ * and its attributes are read only so far as to know that they are well-formed, and then forgotten; all but the
+ * challenge, which shows that the request is new and goes into no certificate either.
  */
 import { createPublicKey, hash, type KeyObject, verify } from 'node:crypto'
 import { Fault } from '../fault.ts'
@@ -18,6 +19,10 @@ export type CheckedCsr = {
   /** SHA-256 of `spki`, lower-case hex: the key's name in the database. */
   publicKeySha256: string
   keyType: KeyType
+  /** Its challengePassword (RFC 2985 section 5.4.1), not judged here: `challenge.ts` does. */
+  challenge: string | undefined
+  /** SHA-256 of the request in DER, lower-case hex. */
+  sha256: string
 }
 
 /** The largest that is honest, RSA 4096 with a few names and extensions, is 2 kB in PEM. */
@@ -84,7 +89,8 @@ export function checkCsr(csr: Uint8Array): CheckedCsr {
   if (csr.length > csrBytesMax) throw refusal('CSR_TOO_LARGE', `${csr.length} bytes, at most ${csrBytesMax} are read`)
 
   // Step 2: The form. All of it is read strictly, also what is not used, so that no second meaning can hide in it.
-  const { info, spki, signatureAlgorithm, signature } = readRequest(derOf(csr))
+  const der = derOf(csr)
+  const { info, spki, attributes, signatureAlgorithm, signature } = readRequest(der)
 
   // Step 3: The key, before it is given any work: a huge one would make step 4 slow.
   const { keyType, publicKey } = checkKey(spki)
@@ -96,7 +102,14 @@ export function checkCsr(csr: Uint8Array): CheckedCsr {
   }
   // Copied out of the caller's bytes, so that what was checked is what will be certified.
   const checkedSpki = Buffer.from(spki.der)
-  return { publicKey, spki: checkedSpki, publicKeySha256: hash('sha256', checkedSpki, 'hex'), keyType }
+  return {
+    publicKey,
+    spki: checkedSpki,
+    publicKeySha256: hash('sha256', checkedSpki, 'hex'),
+    keyType,
+    challenge: challengeOf(attributes),
+    sha256: hash('sha256', der, 'hex'),
+  }
 }
 
 function derOf(csr: Uint8Array): Uint8Array {
@@ -115,6 +128,7 @@ function derOf(csr: Uint8Array): Uint8Array {
 function readRequest(der: Uint8Array): {
   info: DerNode
   spki: DerNode
+  attributes: DerNode
   signatureAlgorithm: DerNode
   signature: Buffer
 } {
@@ -125,7 +139,28 @@ function readRequest(der: Uint8Array): {
     throw refusal('CSR_MALFORMED', 'the version is not 0, the only one that PKCS#10 has')
   }
   for (const attribute of attributes.children) parts(attribute, tags.oid, tags.set)
-  return { info, spki, signatureAlgorithm, signature: bytesOf(signature) }
+  return { info, spki, attributes, signatureAlgorithm, signature: bytesOf(signature) }
+}
+
+const challengePassword = oid('1.2.840.113549.1.9.7')
+const challengeBytesMax = 255
+
+/** RFC 2985 section 5.4.1: one value, a DirectoryString; of its kinds the two that are still written. */
+function challengeOf(attributes: DerNode): string | undefined {
+  const found = attributes.children.filter(({ children: [type] }) => type?.der.equals(challengePassword))
+  if (found.length === 0) return undefined
+  const values = found[0]?.children[1]?.children ?? []
+  const [value] = values
+  if (found.length > 1 || values.length !== 1 || value === undefined) {
+    throw refusal('CSR_MALFORMED', 'more than one challengePassword, want one value')
+  }
+  if (
+    (value.tag !== tags.utf8String && value.tag !== tags.printableString) ||
+    value.contents.length > challengeBytesMax
+  ) {
+    throw refusal('CSR_MALFORMED', 'the challengePassword is not a UTF8String or PrintableString of at most 255 bytes')
+  }
+  return value.contents.toString('utf8')
 }
 
 function decodeRequest(der: Uint8Array): DerNode {

@@ -15,9 +15,10 @@ import { Fault, type FieldViolation } from '../fault.ts'
 import type { EnrollRequest, EnrollResponse, Identity } from '../gen/edgemesh/v1/enroll.ts'
 import { type DeviceDescription, DeviceType } from '../gen/edgemesh/v1/types.ts'
 import type { IssuedCertificate } from './certificates.ts'
+import type { Challenges } from './challenge.ts'
 import { type CheckedCsr, checkCsr } from './csr.ts'
 import { EnrollmentToken, TokenRedemption } from './entities.ts'
-import { type Issuance, type Reservation, renewAfter } from './issuance.ts'
+import { csrReplayed, type Issuance, type Reservation, renewAfter } from './issuance.ts'
 import { formatSpiffeId, isSafeId } from './spiffe-id.ts'
 import { parseToken, secretMatches } from './tokens.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
@@ -26,6 +27,7 @@ export type EnrollDeps = {
   db: Database
   issuance: Issuance
   trustBundle: TrustBundleSource
+  challenges: Challenges
   trustDomain: string
   intermediatesPem: string[]
   /** ENROLLMENT_TOKEN_SECRET. */
@@ -43,9 +45,12 @@ export function createEnroll(deps: EnrollDeps) {
       await deps.limit(call.address)
       const token = await findToken(deps, request.token, call)
       const key = checkCsr(request.csr)
+      deps.challenges.demand(key)
       await refuseSpent(deps, token, key)
       const description = checkDescription(request.device)
-      const reservation = await redeem(deps, token, key, description, call)
+      const reservation = await redeem(deps, token, key, description, call).catch(error => {
+        throw csrReplayed(error)
+      })
       const certificate = await deps.issuance.sign(reservation)
       const identity = await identityOf(deps, reservation.subject.id, certificate)
       deps.onEnrollment('enrolled')
@@ -137,7 +142,7 @@ function demandUsable(token: EnrollmentToken, repeated: boolean, nowMs: number):
       `the enrollment token expired at ${token.expiresAt.toISOString()}`,
     )
   }
-  if (!repeated && token.uses >= token.usesMax) {
+  if (!repeated && token.usesMax != null && token.uses >= token.usesMax) {
     const message = `the enrollment token is used up (${token.uses} of ${token.usesMax} uses)`
     throw new Fault('RESOURCE_EXHAUSTED', 'TOKEN_USED_UP', message)
   }

@@ -8,7 +8,8 @@ export const EnrollmentToken = defineEntity({
     id: p.text().primary(),
     /** HMAC-SHA256 of the secret under ENROLLMENT_TOKEN_SECRET. The secret itself is never kept. */
     secretHash: p.blob(),
-    usesMax: p.integer(),
+    /** Null: any number, until it expires. */
+    usesMax: p.integer().nullable(),
     uses: p.integer().default(0),
     expiresAt: p.datetime(),
     revokedAt: p.datetime().nullable(),
@@ -17,6 +18,11 @@ export const EnrollmentToken = defineEntity({
     deviceType: p.text().nullable(),
     /** Binds the token to one device; null: any. */
     deviceId: p.text().nullable(),
+    /** Binds the token to devices whose id matches, `*` and `?` being wildcards; null: any. */
+    deviceIdPattern: p.text().nullable(),
+    /** Binds the token to callers from these networks, CIDR; empty: any. */
+    sourceNetworks: p.json<string[]>().default([]),
+    requiresApproval: p.boolean().default(false),
     createdBy: p.text(),
     createdAt: p.datetime(),
   },
@@ -33,6 +39,8 @@ export const TokenRedemption = defineEntity({
     deviceId: p.text(),
     sourceAddress: p.text(),
     redeemedAt: p.datetime(),
+    /** When the device was first given a certificate; null while it waits for approval. */
+    completedAt: p.datetime().nullable(),
   },
 })
 export type TokenRedemption = InferEntity<typeof TokenRedemption>
@@ -50,6 +58,10 @@ export const Certificate = defineEntity({
     fingerprintSha256: p.text().nullable(),
     notBefore: p.datetime(),
     notAfter: p.datetime(),
+    /** Key identifier of the issuer, hex; null: the first authority, before there were others. */
+    issuerKeyId: p.text().nullable(),
+    /** SHA-256 of the request that it was issued for: each is good once. Null for our own. */
+    csrSha256: p.text().nullable(),
     revokedAt: p.datetime().nullable(),
     revocationReason: p.text().nullable(),
     createdAt: p.datetime(),
@@ -57,7 +69,7 @@ export const Certificate = defineEntity({
 })
 export type Certificate = InferEntity<typeof Certificate>
 
-/** The certificate authority: one row, its keys encrypted under CA_KEY_PASSPHRASE. */
+/** A certificate authority, its keys encrypted under CA_KEY_PASSPHRASE. Its stages are those of `authority-store.ts`. */
 export const StoredAuthority = defineEntity({
   name: 'StoredAuthority',
   tableName: 'authorities',
@@ -65,9 +77,14 @@ export const StoredAuthority = defineEntity({
     id: p.integer().primary(),
     trustDomain: p.text(),
     rootPem: p.text(),
-    rootKeyPem: p.text(),
+    /** Null: it is not here. */
+    rootKeyPem: p.text().nullable(),
     intermediatePem: p.text(),
-    intermediateKeyPem: p.text(),
+    /** Null: it is in CA_KEY_FILE. */
+    intermediateKeyPem: p.text().nullable(),
+    /** Certificates for this root by other roots, for who trusts only those. */
+    crossPem: p.text().default(''),
+    stage: p.text().$type<'prepared' | 'trusted' | 'issuing' | 'retired'>(),
     createdAt: p.datetime(),
   },
 })

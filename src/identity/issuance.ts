@@ -3,8 +3,10 @@
  * the transaction that allows it, then it is signed, then its fingerprint is noted. A crash in between leaves a serial
  * that nobody holds, never a certificate that nobody knows.
  */
+import { UniqueConstraintViolationException } from '@mikro-orm/core'
 import type { Clock } from '../clock.ts'
 import type { Database, EntityManager } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
 import type { Authority } from './certificate-authority.ts'
 import { type IssuedCertificate, newSerial } from './certificates.ts'
 import type { CheckedCsr } from './csr.ts'
@@ -15,7 +17,7 @@ import { formatSpiffeId, type SpiffeKind } from './spiffe-id.ts'
 const backdateMs = 5 * 60_000
 
 export type Issuance = {
-  /** Reserves a serial in the transaction of `em`. */
+  /** Reserves a serial in the transaction of `em`. A request that was used before makes it fail: see `csrReplayed`. */
   reserve(em: EntityManager, subject: Subject, key: CheckedCsr, validityMs: number): Reservation
   /** Signs what has been reserved, once that transaction has committed. */
   sign(reservation: Reservation): Promise<IssuedCertificate>
@@ -57,6 +59,7 @@ export function createIssuance(options: {
           subjectKind: subject.kind,
           subjectId: subject.id,
           publicKeySha256: key.publicKeySha256,
+          csrSha256: key.sha256 || null,
           notBefore: reservation.notBefore,
           notAfter: reservation.notAfter,
           createdAt: new Date(now),
@@ -85,6 +88,17 @@ export function createIssuance(options: {
       return certificate
     },
   }
+}
+
+/**
+ * What the caller is told when the transaction of a reservation has failed because its request was used before; the
+ * error as it was, when it failed for something else.
+ */
+export function csrReplayed(error: unknown): unknown {
+  const { constraint } = error as { constraint?: unknown }
+  if (!(error instanceof UniqueConstraintViolationException) || constraint !== 'certificates_csr') return error
+  const message = 'csr: this request has been used before; sign a new one with a new challenge'
+  return new Fault('FAILED_PRECONDITION', 'CSR_REPLAYED', message, { cause: error })
 }
 
 /** When to renew: two thirds into the life of the certificate, which begins when it is issued, not when it is dated. */

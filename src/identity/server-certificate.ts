@@ -75,5 +75,5 @@ export async function keepServerCertificate(options: {
 function ownKey(publicKey: KeyObject): CheckedCsr {
   const spki = publicKey.export({ type: 'spki', format: 'der' })
   const publicKeySha256 = createHash('sha256').update(spki).digest('hex')
-  return { publicKey, spki, publicKeySha256, keyType: 'P-256' }
+  return { publicKey, spki, publicKeySha256, keyType: 'P-256', challenge: undefined, sha256: '' }
 }

@@ -54,7 +54,9 @@ export function createTrustBundleSource(options: {
         rootsPem: authority.roots,
         intermediatesPem: authority.intermediates,
         crlDer: await list.der,
+        crlsDer: [await list.der],
         trustDomain,
+        id: '',
       }
     },
     invalidate() {

@@ -12,6 +12,7 @@ import { AdminServiceService } from '../gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceService } from '../gen/edgemesh/v1/enroll.ts'
 import { HeartbeatServiceService } from '../gen/edgemesh/v1/heartbeat.ts'
+import type { Challenges } from '../identity/challenge.ts'
 import type { createEnroll } from '../identity/enroll.ts'
 import type { createRenew } from '../identity/renew.ts'
 import type { TrustBundleSource } from '../identity/trust-bundle.ts'
@@ -19,6 +20,7 @@ import type { Access, Dispatch, MethodHandler } from './dispatch.ts'
 
 export type Handlers = {
   enroll: ReturnType<typeof createEnroll>
+  challenges: Challenges
   renewCertificate: ReturnType<typeof createRenew>
   trustBundle: TrustBundleSource
   heartbeats: Heartbeats
@@ -37,6 +39,7 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
   dispatch.add(
     EnrollServiceService as unknown as ServiceDefinition,
     {
+      getChallenge: { kind: 'unary', access: 'anyone', handle: async () => handlers.challenges.give() },
       enroll: { kind: 'serverStream', access: 'anyone', handle: handlers.enroll },
       renewCertificate: { kind: 'unary', access: 'device', handle: handlers.renewCertificate },
       getTrustBundle: {

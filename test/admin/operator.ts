@@ -15,6 +15,8 @@ const authority: AdminDeps['authority'] = {
     rootsPem: ['root'],
     intermediatesPem: ['intermediate'],
     crlDer: Buffer.of(1),
+    crlsDer: [],
+    id: '',
     trustDomain: 'test',
   }),
   rootNotAfter: new Date('2036-01-01T00:00:00Z'),

@@ -59,7 +59,7 @@ test('every wrong field is named at once', async t => {
   await invalid(t, admin.createEnrollmentToken(wrong, call()), fields)
   const tooLong = create({ lifetime: { seconds: 365 * 86_400, nanos: 1_000_000 } })
   await invalid(t, admin.createEnrollmentToken(tooLong, call()), ['lifetime'])
-  await invalid(t, admin.revokeEnrollmentToken({ id: '' }, call()), ['id'])
+  await invalid(t, admin.revokeEnrollmentToken({ id: '', revokeDevices: false, reason: '' }, call()), ['id'])
 })
 
 test('approval is not there yet, and says so', async t => {
@@ -82,19 +82,24 @@ test('revoked counts more than used up, used up more than expired', async t => {
   t.is(await status(), EnrollmentTokenStatus.EXPIRED)
   await db.em().nativeUpdate(EnrollmentToken, { id }, { uses: 1 })
   t.is(await status(), EnrollmentTokenStatus.USED_UP)
-  await admin.revokeEnrollmentToken({ id }, call())
+  await admin.revokeEnrollmentToken({ id, revokeDevices: false, reason: '' }, call())
   t.is(await status(), EnrollmentTokenStatus.REVOKED)
 })
 
 test('revoking twice is revoking, and a token that is not there is not found', async t => {
   const { admin, call, db, time } = await operator(t)
   const { token } = await admin.createEnrollmentToken(create({}), call())
-  await admin.revokeEnrollmentToken({ id: token!.id }, call())
+  await admin.revokeEnrollmentToken({ id: token!.id, revokeDevices: false, reason: '' }, call())
   time.now += 1_000
-  const again = await admin.revokeEnrollmentToken({ id: token!.id }, call())
+  const again = await admin.revokeEnrollmentToken({ id: token!.id, revokeDevices: false, reason: '' }, call())
   t.is(again.token?.status, EnrollmentTokenStatus.REVOKED)
   t.deepEqual((await db.em().findOneOrFail(EnrollmentToken, token!.id)).revokedAt, new Date(start))
-  await refused(t, admin.revokeEnrollmentToken({ id: '0123456789ab' }, call()), 'NOT_FOUND', 'TOKEN_NOT_FOUND')
+  await refused(
+    t,
+    admin.revokeEnrollmentToken({ id: '0123456789ab', revokeDevices: false, reason: '' }, call()),
+    'NOT_FOUND',
+    'TOKEN_NOT_FOUND',
+  )
 })
 
 test('redemptions are shown with their token, the newest hundred', async t => {
@@ -112,7 +117,12 @@ test('redemptions are shown with their token, the newest hundred', async t => {
   const { tokens } = await admin.listEnrollmentTokens({ pageSize: 0, pageToken: '' }, call())
   const shown = tokens.find(({ id }) => id === token!.id)?.redemptions ?? []
   t.is(shown.length, 100)
-  t.deepEqual(shown[0], { deviceId: 'device-119', redeemedAt: new Date(start + 119), sourceAddress: '192.0.2.7' })
+  t.deepEqual(shown[0], {
+    deviceId: 'device-119',
+    redeemedAt: new Date(start + 119),
+    sourceAddress: '192.0.2.7',
+    publicKeySha256: '119',
+  })
   t.deepEqual(tokens.find(({ id }) => id !== token!.id)?.redemptions, [])
 })
 

@@ -8,6 +8,7 @@ import {
   type EnrollRequest,
   type EnrollResponse,
   EnrollServiceService,
+  type GetChallengeResponse,
   type GetTrustBundleRequest,
   type GetTrustBundleResponse,
 } from '../../src/gen/edgemesh/v1/enroll.ts'
@@ -25,6 +26,8 @@ const bundleOf = (...authorities: Authority[]) => ({
   rootsPem: authorities.flatMap(({ roots }) => roots),
   intermediatesPem: authority.intermediates,
   crlDer: Buffer.from('a list'),
+  crlsDer: [],
+  id: '',
   trustDomain: 'edgemesh.test',
 })
 
@@ -58,6 +61,9 @@ function enrollService({ roots = [authority], issuer = authority } = {}) {
       call.end()
     },
     renewCertificate() {},
+    getChallenge(_call: unknown, done: sendUnaryData<GetChallengeResponse>) {
+      done(null, { challenge: 'c1.0.0', expiresAt: new Date(), serverTime: new Date() })
+    },
   }
   return { tokens, service: [EnrollServiceService, implementation] as Parameters<typeof serve>[2][number] }
 }
@@ -65,7 +71,14 @@ function enrollService({ roots = [authority], issuer = authority } = {}) {
 test('of what an unknown server says, only the pinned root is believed', async t => {
   const server = await serve(t, authority, [enrollService({ roots: [other, authority] }).service])
   const bundle = await pinnedTrustBundle({ server, rootKeySha256: authority.rootKeySha256 })
-  t.deepEqual(bundle, { rootsPem: authority.roots, intermediatesPem: [], crlDer: Buffer.alloc(0), trustDomain: '' })
+  t.deepEqual(bundle, {
+    rootsPem: authority.roots,
+    intermediatesPem: [],
+    crlDer: Buffer.alloc(0),
+    crlsDer: [],
+    trustDomain: '',
+    id: '',
+  })
 })
 
 test('a server with another root is refused before it sees the token', async t => {

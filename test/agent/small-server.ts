@@ -2,7 +2,7 @@
 import { createPrivateKey, createPublicKey } from 'node:crypto'
 import { Server, ServerCredentials, type ServiceDefinition, type UntypedServiceImplementation } from '@grpc/grpc-js'
 import type { ExecutionContext } from 'ava'
-import { createSigningRequest } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/agent/csr.ts'
 import type { DeviceCredentials } from '../../src/agent/enroll.ts'
 import { type Authority, createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
@@ -26,12 +26,7 @@ export function deviceCredentials(authority: Authority, deviceId: string, keyPem
   return { ...leaf, deviceId, spiffeId, rootsPem: authority.roots.join(''), renewAfter }
 }
 
-function issue(
-  authority: Authority,
-  purpose: 'client' | 'server',
-  spiffeId: string,
-  keyPem = createSigningRequest().keyPem,
-) {
+function issue(authority: Authority, purpose: 'client' | 'server', spiffeId: string, keyPem = createKey()) {
   const { pem, notAfter } = authority.issueLeaf({
     serial: Buffer.from(newSerial(), 'hex'),
     spki: createPublicKey(createPrivateKey(keyPem)).export({ type: 'spki', format: 'der' }),

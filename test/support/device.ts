@@ -29,7 +29,14 @@ export function heartbeats(t: ExecutionContext, mesh: Pick<EdgeMesh, 'clients'>,
   stream.on('data', response => responses.push(response))
   t.teardown(() => stream.cancel())
   const send = (request: Partial<HeartbeatRequest>) =>
-    stream.write({ sequence: ++sequence, posture: undefined, openConnectionIds: [], sentAt: new Date(), ...request })
+    stream.write({
+      sequence: ++sequence,
+      posture: undefined,
+      openConnectionIds: [],
+      sentAt: new Date(),
+      trustBundleId: '',
+      ...request,
+    })
   return {
     responses,
     ended,

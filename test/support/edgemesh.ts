@@ -170,25 +170,35 @@ export const noTokenRequest: CreateEnrollmentTokenRequest = {
   deviceType: 0,
   deviceId: '',
   requiresApproval: false,
+  reusable: false,
+  deviceIdPattern: '',
+  sourceNetworks: [],
 }
 
 /** Calls Enroll and takes the identity from its stream. */
-export function enrollOnce(
+export async function enrollOnce(
   client: EnrollServiceClient,
   token: string,
   keyPem: string,
   device: Partial<DeviceDescription> = {},
 ): Promise<Identity> {
+  const csr = await freshCsr(client, keyPem)
   return new Promise((resolve, reject) => {
     let identity: Identity | undefined
     const description = { id: '', type: 1, os: 'linux', osVersion: '6.1', labels: {}, ...device } as DeviceDescription
-    const stream = client.enroll({ token, csr: signingRequestFor(keyPem), device: description })
+    const stream = client.enroll({ token, csr, device: description, sentAt: undefined })
     stream.on('data', response => {
       if (response.step?.$case === 'identity') identity = response.step.value
     })
     stream.on('error', reject)
     stream.on('end', () => identity && resolve(identity))
   })
+}
+
+/** A request for the key, with a challenge of the server. */
+export async function freshCsr(client: EnrollServiceClient, keyPem: string): Promise<Buffer> {
+  const { challenge } = await unary(client, 'getChallenge', {})
+  return signingRequestFor(keyPem, challenge)
 }
 
 export function newKey(): string {

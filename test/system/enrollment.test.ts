@@ -1,12 +1,12 @@
 import { X509Certificate } from 'node:crypto'
 import test from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { heartbeats } from '../support/device.ts'
 import {
   type EdgeMesh,
   enrollOnce,
   eventually,
+  freshCsr,
   healthy,
   newKey,
   refusal,
@@ -180,9 +180,9 @@ test("what can't be enrolled uses nothing up and leaves no device behind", async
   const enroll = (csr: Buffer, id: string) =>
     new Promise((resolve, reject) => {
       const device: DeviceDescription = { id, type: 1, os: '', osVersion: '', labels: {} }
-      client.enroll({ token, csr, device }).on('data', resolve).on('error', reject)
+      client.enroll({ token, csr, device, sentAt: undefined }).on('data', resolve).on('error', reject)
     })
-  const good = signingRequestFor(newKey())
+  const good = await freshCsr(client, newKey())
   const forged = Buffer.from(good)
   forged[forged.length - 1] = (forged.at(-1) as number) ^ 1
   for (const csr of [Buffer.alloc(0), Buffer.from('no request'), good.subarray(0, -1), forged]) {
@@ -200,9 +200,8 @@ test("what can't be enrolled uses nothing up and leaves no device behind", async
 test('renewing gives another certificate for the same name and a new key, and the old one still works', async t => {
   const before = await mesh().enroll({ device: { id: 'renewed' } })
   const keyPem = newKey()
-  const { identity } = await unary(mesh().clients(before).enroll, 'renewCertificate', {
-    csr: signingRequestFor(keyPem),
-  })
+  const { enroll } = mesh().clients(before)
+  const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })
   if (!identity) return t.fail('no identity in the answer')
   const [leaf, ...intermediates] = identity.certificateChainPem as [string, ...string[]]
   t.is(identity.spiffeId, before.identity.spiffeId)

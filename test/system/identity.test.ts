@@ -9,6 +9,7 @@ import {
   type Credentials,
   type EdgeMesh,
   eventually,
+  freshCsr,
   healthy,
   newKey,
   refused,
@@ -121,7 +122,8 @@ test('a device speaks for itself only', async t => {
   ])
   t.deepEqual(decided.rows, [{ device_id: 'bob', caller: spiffe('bob') }])
 
-  const renewed = await unary(mesh().clients(bob).enroll, 'renewCertificate', { csr: signingRequestFor(newKey()) })
+  const { enroll } = mesh().clients(bob)
+  const renewed = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) })
   t.is(renewed.identity?.deviceId, 'bob')
 })
 

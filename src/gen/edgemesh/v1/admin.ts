@@ -174,6 +174,46 @@ export function authorityRotationStageToJSON(object: AuthorityRotationStage): st
   }
 }
 
+/** What a certificate authority is there for. */
+export const AuthorityRole = {
+  UNSPECIFIED: 0,
+  /** PREPARED - Loaded from a file, not trusted by anyone yet. */
+  PREPARED: 1,
+  /** TRUSTED - Trusted, and issues nothing. */
+  TRUSTED: 2,
+  /** ISSUING - Issues. */
+  ISSUING: 3,
+  /** RETIRED - Trusted no more. */
+  RETIRED: 4,
+} as const;
+
+export type AuthorityRole = typeof AuthorityRole[keyof typeof AuthorityRole];
+
+export namespace AuthorityRole {
+  export type UNSPECIFIED = typeof AuthorityRole.UNSPECIFIED;
+  export type PREPARED = typeof AuthorityRole.PREPARED;
+  export type TRUSTED = typeof AuthorityRole.TRUSTED;
+  export type ISSUING = typeof AuthorityRole.ISSUING;
+  export type RETIRED = typeof AuthorityRole.RETIRED;
+}
+
+export function authorityRoleToJSON(object: AuthorityRole): string {
+  switch (object) {
+    case AuthorityRole.UNSPECIFIED:
+      return "AUTHORITY_ROLE_UNSPECIFIED";
+    case AuthorityRole.PREPARED:
+      return "AUTHORITY_ROLE_PREPARED";
+    case AuthorityRole.TRUSTED:
+      return "AUTHORITY_ROLE_TRUSTED";
+    case AuthorityRole.ISSUING:
+      return "AUTHORITY_ROLE_ISSUING";
+    case AuthorityRole.RETIRED:
+      return "AUTHORITY_ROLE_RETIRED";
+    default:
+      throw new globalThis.Error("Unrecognized enum value " + object + " for enum AuthorityRole");
+  }
+}
+
 export interface EnrollmentToken {
   id: string;
   status: EnrollmentTokenStatus;
@@ -192,8 +232,17 @@ export interface EnrollmentToken {
   /** A device that it enrolls waits for an operator's approval. */
   requiresApproval: boolean;
   createdBy: string;
-  createdAt: Date | undefined;
+  createdAt:
+    | Date
+    | undefined;
+  /** The newest first, 100 at most. */
   redemptions: TokenRedemption[];
+  /** May be redeemed by any number of devices until it expires; uses_max is 0. */
+  reusable: boolean;
+  /** If set, only devices whose id matches: "*" stands for any number of characters, "?" for one. Such as "press-*". */
+  deviceIdPattern: string;
+  /** If not empty, only devices that call from one of these networks, in CIDR notation. */
+  sourceNetworks: string[];
 }
 
 export interface EnrollmentToken_LabelsEntry {
@@ -205,10 +254,12 @@ export interface TokenRedemption {
   deviceId: string;
   redeemedAt: Date | undefined;
   sourceAddress: string;
+  /** SHA-256 of the key that redeemed it, hex. */
+  publicKeySha256: string;
 }
 
 export interface CreateEnrollmentTokenRequest {
-  /** 1 to 10,000; 0: 1. */
+  /** 1 to 10,000; 0: 1, or any number where `reusable` is set. */
   usesMax: number;
   /** One minute to 365 days; absent: one hour. */
   lifetime: Duration | undefined;
@@ -216,6 +267,11 @@ export interface CreateEnrollmentTokenRequest {
   deviceType: DeviceType;
   deviceId: string;
   requiresApproval: boolean;
+  /** See EnrollmentToken. */
+  reusable: boolean;
+  deviceIdPattern: string;
+  /** 32 at most. */
+  sourceNetworks: string[];
 }
 
 export interface CreateEnrollmentTokenRequest_LabelsEntry {
@@ -241,12 +297,28 @@ export interface ListEnrollmentTokensResponse {
   nextPageToken: string;
 }
 
-export interface RevokeEnrollmentTokenRequest {
+export interface GetEnrollmentTokenRequest {
   id: string;
 }
 
-export interface RevokeEnrollmentTokenResponse {
+export interface GetEnrollmentTokenResponse {
   token: EnrollmentToken | undefined;
+}
+
+export interface RevokeEnrollmentTokenRequest {
+  id: string;
+  /** Revoke all devices that it has enrolled, too: all of it or nothing. */
+  revokeDevices: boolean;
+  /** For people; 255 characters at most. */
+  reason: string;
+}
+
+export interface RevokeEnrollmentTokenResponse {
+  token:
+    | EnrollmentToken
+    | undefined;
+  /** Devices that this call has revoked. */
+  devicesRevoked: number;
 }
 
 export interface Device {
@@ -266,6 +338,12 @@ export interface Device {
   /** What of the posture misses the requirements. */
   failingPosture: string[];
   certificates: Certificate[];
+  /** How far its clock was ahead of the server's when it last reported; negative: behind. */
+  clockOffset:
+    | Duration
+    | undefined;
+  /** The trust bundle that it goes by, as it last reported. */
+  trustBundleId: string;
 }
 
 export interface Device_LabelsEntry {
@@ -280,6 +358,8 @@ export interface Certificate {
   notAfter: Date | undefined;
   revokedAt: Date | undefined;
   revocationReason: string;
+  /** Key identifier of the authority that issued it, hex. */
+  issuerKeyId: string;
 }
 
 export interface ListDevicesRequest {
@@ -643,15 +723,80 @@ export interface GetAuthorityResponse {
   rotationStage: AuthorityRotationStage;
   /** SHA-256 of the root's public key: what enrollment tokens pin. */
   rootKeySha256: string;
+  /** All that there are, the one that issues now first. */
+  authorities: CertificateAuthority[];
+  /** During a rotation. */
+  progress: RotationProgress | undefined;
+}
+
+export interface CertificateAuthority {
+  /** Grows with each authority, from 1. */
+  generation: number;
+  role: AuthorityRole;
+  rootKeySha256: string;
+  rootNotAfter:
+    | Date
+    | undefined;
+  /** Key identifier of the certificate that issues, hex. */
+  issuerKeyId: string;
+  issuerNotAfter: Date | undefined;
+  createdAt:
+    | Date
+    | undefined;
+  /** Its key is in CA_KEY_FILE of every instance, not in the database. */
+  keyInFile: boolean;
+}
+
+/**
+ * How far a fleet is with a rotation. Counted are devices that are not revoked and hold a certificate that has not
+ * expired, and operators who do.
+ */
+export interface RotationProgress {
+  devices: number;
+  /** Have reported that they trust the new root. */
+  devicesTrusting: number;
+  /** Hold a certificate of the new authority. */
+  devicesCertified: number;
+  operators: number;
+  operatorsCertified: number;
 }
 
 export interface RotateAuthorityRequest {
   /** The stage to go to: one step on, or one step back. */
   stage: AuthorityRotationStage;
+  /** Go on although devices or operators are left behind. */
+  force: boolean;
 }
 
 export interface RotateAuthorityResponse {
   stage: AuthorityRotationStage;
+  progress: RotationProgress | undefined;
+}
+
+export interface ListRotationProgressRequest {
+  pageSize: number;
+  pageToken: string;
+  /** Only those that are left behind: that do not hold a certificate of the new authority yet. */
+  behindOnly: boolean;
+}
+
+export interface ListRotationProgressResponse {
+  holders: HolderProgress[];
+  nextPageToken: string;
+}
+
+export interface HolderProgress {
+  /** Such as "spiffe://edgemesh.local/device/alpha". */
+  spiffeId: string;
+  /** Has reported that it trusts the new root. Operators report nothing. */
+  trusting: boolean;
+  /** Holds a certificate of the new authority. */
+  certified: boolean;
+  lastSeenAt:
+    | Date
+    | undefined;
+  /** When its newest certificate expires. */
+  notAfter: Date | undefined;
 }
 
 /** What the shipped policy requires of a device. */
@@ -719,6 +864,9 @@ function createBaseEnrollmentToken(): EnrollmentToken {
     createdBy: "",
     createdAt: undefined,
     redemptions: [],
+    reusable: false,
+    deviceIdPattern: "",
+    sourceNetworks: [],
   };
 }
 
@@ -759,6 +907,15 @@ export const EnrollmentToken: MessageFns<EnrollmentToken> = {
     }
     for (const v of message.redemptions) {
       TokenRedemption.encode(v!, writer.uint32(98).fork()).join();
+    }
+    if (message.reusable !== false) {
+      writer.uint32(104).bool(message.reusable);
+    }
+    if (message.deviceIdPattern !== "") {
+      writer.uint32(114).string(message.deviceIdPattern);
+    }
+    for (const v of message.sourceNetworks) {
+      writer.uint32(122).string(v!);
     }
     return writer;
   },
@@ -875,6 +1032,30 @@ export const EnrollmentToken: MessageFns<EnrollmentToken> = {
             message.redemptions.push(TokenRedemption.decode(reader, reader.uint32()));
             continue;
           }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.reusable = reader.bool();
+            continue;
+          }
+          case 14: {
+            if (tag !== 114) {
+              break;
+            }
+
+            message.deviceIdPattern = reader.string();
+            continue;
+          }
+          case 15: {
+            if (tag !== 122) {
+              break;
+            }
+
+            message.sourceNetworks.push(reader.string());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -931,6 +1112,15 @@ export const EnrollmentToken: MessageFns<EnrollmentToken> = {
     if (message.redemptions?.length) {
       obj.redemptions = message.redemptions.map((e) => TokenRedemption.toJSON(e));
     }
+    if (message.reusable !== false) {
+      obj.reusable = message.reusable;
+    }
+    if (message.deviceIdPattern !== "") {
+      obj.deviceIdPattern = message.deviceIdPattern;
+    }
+    if (message.sourceNetworks?.length) {
+      obj.sourceNetworks = message.sourceNetworks;
+    }
     return obj;
   },
 
@@ -959,6 +1149,9 @@ export const EnrollmentToken: MessageFns<EnrollmentToken> = {
     message.createdBy = object.createdBy ?? "";
     message.createdAt = object.createdAt ?? undefined;
     message.redemptions = object.redemptions?.map((e) => TokenRedemption.fromPartial(e)) || [];
+    message.reusable = object.reusable ?? false;
+    message.deviceIdPattern = object.deviceIdPattern ?? "";
+    message.sourceNetworks = object.sourceNetworks?.map((e) => e) || [];
     return message;
   },
 };
@@ -1042,7 +1235,7 @@ export const EnrollmentToken_LabelsEntry: MessageFns<EnrollmentToken_LabelsEntry
 };
 
 function createBaseTokenRedemption(): TokenRedemption {
-  return { deviceId: "", redeemedAt: undefined, sourceAddress: "" };
+  return { deviceId: "", redeemedAt: undefined, sourceAddress: "", publicKeySha256: "" };
 }
 
 export const TokenRedemption: MessageFns<TokenRedemption> = {
@@ -1055,6 +1248,9 @@ export const TokenRedemption: MessageFns<TokenRedemption> = {
     }
     if (message.sourceAddress !== "") {
       writer.uint32(26).string(message.sourceAddress);
+    }
+    if (message.publicKeySha256 !== "") {
+      writer.uint32(34).string(message.publicKeySha256);
     }
     return writer;
   },
@@ -1096,6 +1292,14 @@ export const TokenRedemption: MessageFns<TokenRedemption> = {
             message.sourceAddress = reader.string();
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.publicKeySha256 = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1119,6 +1323,9 @@ export const TokenRedemption: MessageFns<TokenRedemption> = {
     if (message.sourceAddress !== "") {
       obj.sourceAddress = message.sourceAddress;
     }
+    if (message.publicKeySha256 !== "") {
+      obj.publicKeySha256 = message.publicKeySha256;
+    }
     return obj;
   },
 
@@ -1130,12 +1337,23 @@ export const TokenRedemption: MessageFns<TokenRedemption> = {
     message.deviceId = object.deviceId ?? "";
     message.redeemedAt = object.redeemedAt ?? undefined;
     message.sourceAddress = object.sourceAddress ?? "";
+    message.publicKeySha256 = object.publicKeySha256 ?? "";
     return message;
   },
 };
 
 function createBaseCreateEnrollmentTokenRequest(): CreateEnrollmentTokenRequest {
-  return { usesMax: 0, lifetime: undefined, labels: {}, deviceType: 0, deviceId: "", requiresApproval: false };
+  return {
+    usesMax: 0,
+    lifetime: undefined,
+    labels: {},
+    deviceType: 0,
+    deviceId: "",
+    requiresApproval: false,
+    reusable: false,
+    deviceIdPattern: "",
+    sourceNetworks: [],
+  };
 }
 
 export const CreateEnrollmentTokenRequest: MessageFns<CreateEnrollmentTokenRequest> = {
@@ -1157,6 +1375,15 @@ export const CreateEnrollmentTokenRequest: MessageFns<CreateEnrollmentTokenReque
     }
     if (message.requiresApproval !== false) {
       writer.uint32(48).bool(message.requiresApproval);
+    }
+    if (message.reusable !== false) {
+      writer.uint32(56).bool(message.reusable);
+    }
+    if (message.deviceIdPattern !== "") {
+      writer.uint32(66).string(message.deviceIdPattern);
+    }
+    for (const v of message.sourceNetworks) {
+      writer.uint32(74).string(v!);
     }
     return writer;
   },
@@ -1225,6 +1452,30 @@ export const CreateEnrollmentTokenRequest: MessageFns<CreateEnrollmentTokenReque
             message.requiresApproval = reader.bool();
             continue;
           }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.reusable = reader.bool();
+            continue;
+          }
+          case 8: {
+            if (tag !== 66) {
+              break;
+            }
+
+            message.deviceIdPattern = reader.string();
+            continue;
+          }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.sourceNetworks.push(reader.string());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1263,6 +1514,15 @@ export const CreateEnrollmentTokenRequest: MessageFns<CreateEnrollmentTokenReque
     if (message.requiresApproval !== false) {
       obj.requiresApproval = message.requiresApproval;
     }
+    if (message.reusable !== false) {
+      obj.reusable = message.reusable;
+    }
+    if (message.deviceIdPattern !== "") {
+      obj.deviceIdPattern = message.deviceIdPattern;
+    }
+    if (message.sourceNetworks?.length) {
+      obj.sourceNetworks = message.sourceNetworks;
+    }
     return obj;
   },
 
@@ -1287,6 +1547,9 @@ export const CreateEnrollmentTokenRequest: MessageFns<CreateEnrollmentTokenReque
     message.deviceType = object.deviceType ?? 0;
     message.deviceId = object.deviceId ?? "";
     message.requiresApproval = object.requiresApproval ?? false;
+    message.reusable = object.reusable ?? false;
+    message.deviceIdPattern = object.deviceIdPattern ?? "";
+    message.sourceNetworks = object.sourceNetworks?.map((e) => e) || [];
     return message;
   },
 };
@@ -1611,14 +1874,148 @@ export const ListEnrollmentTokensResponse: MessageFns<ListEnrollmentTokensRespon
   },
 };
 
-function createBaseRevokeEnrollmentTokenRequest(): RevokeEnrollmentTokenRequest {
+function createBaseGetEnrollmentTokenRequest(): GetEnrollmentTokenRequest {
   return { id: "" };
+}
+
+export const GetEnrollmentTokenRequest: MessageFns<GetEnrollmentTokenRequest> = {
+  encode(message: GetEnrollmentTokenRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.id !== "") {
+      writer.uint32(10).string(message.id);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): GetEnrollmentTokenRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseGetEnrollmentTokenRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: GetEnrollmentTokenRequest): unknown {
+    const obj: any = {};
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<GetEnrollmentTokenRequest>, I>>(base?: I): GetEnrollmentTokenRequest {
+    return GetEnrollmentTokenRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<GetEnrollmentTokenRequest>, I>>(object: I): GetEnrollmentTokenRequest {
+    const message = createBaseGetEnrollmentTokenRequest();
+    message.id = object.id ?? "";
+    return message;
+  },
+};
+
+function createBaseGetEnrollmentTokenResponse(): GetEnrollmentTokenResponse {
+  return { token: undefined };
+}
+
+export const GetEnrollmentTokenResponse: MessageFns<GetEnrollmentTokenResponse> = {
+  encode(message: GetEnrollmentTokenResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.token !== undefined) {
+      EnrollmentToken.encode(message.token, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): GetEnrollmentTokenResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseGetEnrollmentTokenResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.token = EnrollmentToken.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: GetEnrollmentTokenResponse): unknown {
+    const obj: any = {};
+    if (message.token !== undefined) {
+      obj.token = EnrollmentToken.toJSON(message.token);
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<GetEnrollmentTokenResponse>, I>>(base?: I): GetEnrollmentTokenResponse {
+    return GetEnrollmentTokenResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<GetEnrollmentTokenResponse>, I>>(object: I): GetEnrollmentTokenResponse {
+    const message = createBaseGetEnrollmentTokenResponse();
+    message.token = (object.token !== undefined && object.token !== null)
+      ? EnrollmentToken.fromPartial(object.token)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseRevokeEnrollmentTokenRequest(): RevokeEnrollmentTokenRequest {
+  return { id: "", revokeDevices: false, reason: "" };
 }
 
 export const RevokeEnrollmentTokenRequest: MessageFns<RevokeEnrollmentTokenRequest> = {
   encode(message: RevokeEnrollmentTokenRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.id !== "") {
       writer.uint32(10).string(message.id);
+    }
+    if (message.revokeDevices !== false) {
+      writer.uint32(16).bool(message.revokeDevices);
+    }
+    if (message.reason !== "") {
+      writer.uint32(26).string(message.reason);
     }
     return writer;
   },
@@ -1644,6 +2041,22 @@ export const RevokeEnrollmentTokenRequest: MessageFns<RevokeEnrollmentTokenReque
             message.id = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.revokeDevices = reader.bool();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.reason = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1661,6 +2074,12 @@ export const RevokeEnrollmentTokenRequest: MessageFns<RevokeEnrollmentTokenReque
     if (message.id !== "") {
       obj.id = message.id;
     }
+    if (message.revokeDevices !== false) {
+      obj.revokeDevices = message.revokeDevices;
+    }
+    if (message.reason !== "") {
+      obj.reason = message.reason;
+    }
     return obj;
   },
 
@@ -1670,18 +2089,23 @@ export const RevokeEnrollmentTokenRequest: MessageFns<RevokeEnrollmentTokenReque
   fromPartial<I extends Exact<DeepPartial<RevokeEnrollmentTokenRequest>, I>>(object: I): RevokeEnrollmentTokenRequest {
     const message = createBaseRevokeEnrollmentTokenRequest();
     message.id = object.id ?? "";
+    message.revokeDevices = object.revokeDevices ?? false;
+    message.reason = object.reason ?? "";
     return message;
   },
 };
 
 function createBaseRevokeEnrollmentTokenResponse(): RevokeEnrollmentTokenResponse {
-  return { token: undefined };
+  return { token: undefined, devicesRevoked: 0 };
 }
 
 export const RevokeEnrollmentTokenResponse: MessageFns<RevokeEnrollmentTokenResponse> = {
   encode(message: RevokeEnrollmentTokenResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.token !== undefined) {
       EnrollmentToken.encode(message.token, writer.uint32(10).fork()).join();
+    }
+    if (message.devicesRevoked !== 0) {
+      writer.uint32(16).uint32(message.devicesRevoked);
     }
     return writer;
   },
@@ -1707,6 +2131,14 @@ export const RevokeEnrollmentTokenResponse: MessageFns<RevokeEnrollmentTokenResp
             message.token = EnrollmentToken.decode(reader, reader.uint32());
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.devicesRevoked = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1724,6 +2156,9 @@ export const RevokeEnrollmentTokenResponse: MessageFns<RevokeEnrollmentTokenResp
     if (message.token !== undefined) {
       obj.token = EnrollmentToken.toJSON(message.token);
     }
+    if (message.devicesRevoked !== 0) {
+      obj.devicesRevoked = Math.round(message.devicesRevoked);
+    }
     return obj;
   },
 
@@ -1737,6 +2172,7 @@ export const RevokeEnrollmentTokenResponse: MessageFns<RevokeEnrollmentTokenResp
     message.token = (object.token !== undefined && object.token !== null)
       ? EnrollmentToken.fromPartial(object.token)
       : undefined;
+    message.devicesRevoked = object.devicesRevoked ?? 0;
     return message;
   },
 };
@@ -1756,6 +2192,8 @@ function createBaseDevice(): Device {
     posture: undefined,
     failingPosture: [],
     certificates: [],
+    clockOffset: undefined,
+    trustBundleId: "",
   };
 }
 
@@ -1799,6 +2237,12 @@ export const Device: MessageFns<Device> = {
     }
     for (const v of message.certificates) {
       Certificate.encode(v!, writer.uint32(106).fork()).join();
+    }
+    if (message.clockOffset !== undefined) {
+      Duration.encode(message.clockOffset, writer.uint32(114).fork()).join();
+    }
+    if (message.trustBundleId !== "") {
+      writer.uint32(122).string(message.trustBundleId);
     }
     return writer;
   },
@@ -1923,6 +2367,22 @@ export const Device: MessageFns<Device> = {
             message.certificates.push(Certificate.decode(reader, reader.uint32()));
             continue;
           }
+          case 14: {
+            if (tag !== 114) {
+              break;
+            }
+
+            message.clockOffset = Duration.decode(reader, reader.uint32());
+            continue;
+          }
+          case 15: {
+            if (tag !== 122) {
+              break;
+            }
+
+            message.trustBundleId = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1982,6 +2442,12 @@ export const Device: MessageFns<Device> = {
     if (message.certificates?.length) {
       obj.certificates = message.certificates.map((e) => Certificate.toJSON(e));
     }
+    if (message.clockOffset !== undefined) {
+      obj.clockOffset = Duration.toJSON(message.clockOffset);
+    }
+    if (message.trustBundleId !== "") {
+      obj.trustBundleId = message.trustBundleId;
+    }
     return obj;
   },
 
@@ -2013,6 +2479,10 @@ export const Device: MessageFns<Device> = {
       : undefined;
     message.failingPosture = object.failingPosture?.map((e) => e) || [];
     message.certificates = object.certificates?.map((e) => Certificate.fromPartial(e)) || [];
+    message.clockOffset = (object.clockOffset !== undefined && object.clockOffset !== null)
+      ? Duration.fromPartial(object.clockOffset)
+      : undefined;
+    message.trustBundleId = object.trustBundleId ?? "";
     return message;
   },
 };
@@ -2103,6 +2573,7 @@ function createBaseCertificate(): Certificate {
     notAfter: undefined,
     revokedAt: undefined,
     revocationReason: "",
+    issuerKeyId: "",
   };
 }
 
@@ -2125,6 +2596,9 @@ export const Certificate: MessageFns<Certificate> = {
     }
     if (message.revocationReason !== "") {
       writer.uint32(50).string(message.revocationReason);
+    }
+    if (message.issuerKeyId !== "") {
+      writer.uint32(58).string(message.issuerKeyId);
     }
     return writer;
   },
@@ -2190,6 +2664,14 @@ export const Certificate: MessageFns<Certificate> = {
             message.revocationReason = reader.string();
             continue;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.issuerKeyId = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2222,6 +2704,9 @@ export const Certificate: MessageFns<Certificate> = {
     if (message.revocationReason !== "") {
       obj.revocationReason = message.revocationReason;
     }
+    if (message.issuerKeyId !== "") {
+      obj.issuerKeyId = message.issuerKeyId;
+    }
     return obj;
   },
 
@@ -2236,6 +2721,7 @@ export const Certificate: MessageFns<Certificate> = {
     message.notAfter = object.notAfter ?? undefined;
     message.revokedAt = object.revokedAt ?? undefined;
     message.revocationReason = object.revocationReason ?? "";
+    message.issuerKeyId = object.issuerKeyId ?? "";
     return message;
   },
 };
@@ -7541,6 +8027,8 @@ function createBaseGetAuthorityResponse(): GetAuthorityResponse {
     intermediateNotAfter: undefined,
     rotationStage: 0,
     rootKeySha256: "",
+    authorities: [],
+    progress: undefined,
   };
 }
 
@@ -7560,6 +8048,12 @@ export const GetAuthorityResponse: MessageFns<GetAuthorityResponse> = {
     }
     if (message.rootKeySha256 !== "") {
       writer.uint32(42).string(message.rootKeySha256);
+    }
+    for (const v of message.authorities) {
+      CertificateAuthority.encode(v!, writer.uint32(50).fork()).join();
+    }
+    if (message.progress !== undefined) {
+      RotationProgress.encode(message.progress, writer.uint32(58).fork()).join();
     }
     return writer;
   },
@@ -7617,6 +8111,22 @@ export const GetAuthorityResponse: MessageFns<GetAuthorityResponse> = {
             message.rootKeySha256 = reader.string();
             continue;
           }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.authorities.push(CertificateAuthority.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.progress = RotationProgress.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7646,6 +8156,12 @@ export const GetAuthorityResponse: MessageFns<GetAuthorityResponse> = {
     if (message.rootKeySha256 !== "") {
       obj.rootKeySha256 = message.rootKeySha256;
     }
+    if (message.authorities?.length) {
+      obj.authorities = message.authorities.map((e) => CertificateAuthority.toJSON(e));
+    }
+    if (message.progress !== undefined) {
+      obj.progress = RotationProgress.toJSON(message.progress);
+    }
     return obj;
   },
 
@@ -7661,18 +8177,325 @@ export const GetAuthorityResponse: MessageFns<GetAuthorityResponse> = {
     message.intermediateNotAfter = object.intermediateNotAfter ?? undefined;
     message.rotationStage = object.rotationStage ?? 0;
     message.rootKeySha256 = object.rootKeySha256 ?? "";
+    message.authorities = object.authorities?.map((e) => CertificateAuthority.fromPartial(e)) || [];
+    message.progress = (object.progress !== undefined && object.progress !== null)
+      ? RotationProgress.fromPartial(object.progress)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseCertificateAuthority(): CertificateAuthority {
+  return {
+    generation: 0,
+    role: 0,
+    rootKeySha256: "",
+    rootNotAfter: undefined,
+    issuerKeyId: "",
+    issuerNotAfter: undefined,
+    createdAt: undefined,
+    keyInFile: false,
+  };
+}
+
+export const CertificateAuthority: MessageFns<CertificateAuthority> = {
+  encode(message: CertificateAuthority, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.generation !== 0) {
+      writer.uint32(8).uint32(message.generation);
+    }
+    if (message.role !== 0) {
+      writer.uint32(16).int32(message.role);
+    }
+    if (message.rootKeySha256 !== "") {
+      writer.uint32(26).string(message.rootKeySha256);
+    }
+    if (message.rootNotAfter !== undefined) {
+      Timestamp.encode(toTimestamp(message.rootNotAfter), writer.uint32(34).fork()).join();
+    }
+    if (message.issuerKeyId !== "") {
+      writer.uint32(42).string(message.issuerKeyId);
+    }
+    if (message.issuerNotAfter !== undefined) {
+      Timestamp.encode(toTimestamp(message.issuerNotAfter), writer.uint32(50).fork()).join();
+    }
+    if (message.createdAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.createdAt), writer.uint32(58).fork()).join();
+    }
+    if (message.keyInFile !== false) {
+      writer.uint32(64).bool(message.keyInFile);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): CertificateAuthority {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseCertificateAuthority();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.generation = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.role = reader.int32() as any;
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.rootKeySha256 = reader.string();
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.rootNotAfter = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.issuerKeyId = reader.string();
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.issuerNotAfter = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.createdAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 8: {
+            if (tag !== 64) {
+              break;
+            }
+
+            message.keyInFile = reader.bool();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: CertificateAuthority): unknown {
+    const obj: any = {};
+    if (message.generation !== 0) {
+      obj.generation = Math.round(message.generation);
+    }
+    if (message.role !== 0) {
+      obj.role = authorityRoleToJSON(message.role);
+    }
+    if (message.rootKeySha256 !== "") {
+      obj.rootKeySha256 = message.rootKeySha256;
+    }
+    if (message.rootNotAfter !== undefined) {
+      obj.rootNotAfter = message.rootNotAfter.toISOString();
+    }
+    if (message.issuerKeyId !== "") {
+      obj.issuerKeyId = message.issuerKeyId;
+    }
+    if (message.issuerNotAfter !== undefined) {
+      obj.issuerNotAfter = message.issuerNotAfter.toISOString();
+    }
+    if (message.createdAt !== undefined) {
+      obj.createdAt = message.createdAt.toISOString();
+    }
+    if (message.keyInFile !== false) {
+      obj.keyInFile = message.keyInFile;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<CertificateAuthority>, I>>(base?: I): CertificateAuthority {
+    return CertificateAuthority.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<CertificateAuthority>, I>>(object: I): CertificateAuthority {
+    const message = createBaseCertificateAuthority();
+    message.generation = object.generation ?? 0;
+    message.role = object.role ?? 0;
+    message.rootKeySha256 = object.rootKeySha256 ?? "";
+    message.rootNotAfter = object.rootNotAfter ?? undefined;
+    message.issuerKeyId = object.issuerKeyId ?? "";
+    message.issuerNotAfter = object.issuerNotAfter ?? undefined;
+    message.createdAt = object.createdAt ?? undefined;
+    message.keyInFile = object.keyInFile ?? false;
+    return message;
+  },
+};
+
+function createBaseRotationProgress(): RotationProgress {
+  return { devices: 0, devicesTrusting: 0, devicesCertified: 0, operators: 0, operatorsCertified: 0 };
+}
+
+export const RotationProgress: MessageFns<RotationProgress> = {
+  encode(message: RotationProgress, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.devices !== 0) {
+      writer.uint32(8).uint32(message.devices);
+    }
+    if (message.devicesTrusting !== 0) {
+      writer.uint32(16).uint32(message.devicesTrusting);
+    }
+    if (message.devicesCertified !== 0) {
+      writer.uint32(24).uint32(message.devicesCertified);
+    }
+    if (message.operators !== 0) {
+      writer.uint32(32).uint32(message.operators);
+    }
+    if (message.operatorsCertified !== 0) {
+      writer.uint32(40).uint32(message.operatorsCertified);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RotationProgress {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRotationProgress();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.devices = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.devicesTrusting = reader.uint32();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.devicesCertified = reader.uint32();
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.operators = reader.uint32();
+            continue;
+          }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.operatorsCertified = reader.uint32();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: RotationProgress): unknown {
+    const obj: any = {};
+    if (message.devices !== 0) {
+      obj.devices = Math.round(message.devices);
+    }
+    if (message.devicesTrusting !== 0) {
+      obj.devicesTrusting = Math.round(message.devicesTrusting);
+    }
+    if (message.devicesCertified !== 0) {
+      obj.devicesCertified = Math.round(message.devicesCertified);
+    }
+    if (message.operators !== 0) {
+      obj.operators = Math.round(message.operators);
+    }
+    if (message.operatorsCertified !== 0) {
+      obj.operatorsCertified = Math.round(message.operatorsCertified);
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<RotationProgress>, I>>(base?: I): RotationProgress {
+    return RotationProgress.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<RotationProgress>, I>>(object: I): RotationProgress {
+    const message = createBaseRotationProgress();
+    message.devices = object.devices ?? 0;
+    message.devicesTrusting = object.devicesTrusting ?? 0;
+    message.devicesCertified = object.devicesCertified ?? 0;
+    message.operators = object.operators ?? 0;
+    message.operatorsCertified = object.operatorsCertified ?? 0;
     return message;
   },
 };
 
 function createBaseRotateAuthorityRequest(): RotateAuthorityRequest {
-  return { stage: 0 };
+  return { stage: 0, force: false };
 }
 
 export const RotateAuthorityRequest: MessageFns<RotateAuthorityRequest> = {
   encode(message: RotateAuthorityRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.stage !== 0) {
       writer.uint32(8).int32(message.stage);
+    }
+    if (message.force !== false) {
+      writer.uint32(16).bool(message.force);
     }
     return writer;
   },
@@ -7698,6 +8521,14 @@ export const RotateAuthorityRequest: MessageFns<RotateAuthorityRequest> = {
             message.stage = reader.int32() as any;
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.force = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7715,6 +8546,9 @@ export const RotateAuthorityRequest: MessageFns<RotateAuthorityRequest> = {
     if (message.stage !== 0) {
       obj.stage = authorityRotationStageToJSON(message.stage);
     }
+    if (message.force !== false) {
+      obj.force = message.force;
+    }
     return obj;
   },
 
@@ -7724,18 +8558,22 @@ export const RotateAuthorityRequest: MessageFns<RotateAuthorityRequest> = {
   fromPartial<I extends Exact<DeepPartial<RotateAuthorityRequest>, I>>(object: I): RotateAuthorityRequest {
     const message = createBaseRotateAuthorityRequest();
     message.stage = object.stage ?? 0;
+    message.force = object.force ?? false;
     return message;
   },
 };
 
 function createBaseRotateAuthorityResponse(): RotateAuthorityResponse {
-  return { stage: 0 };
+  return { stage: 0, progress: undefined };
 }
 
 export const RotateAuthorityResponse: MessageFns<RotateAuthorityResponse> = {
   encode(message: RotateAuthorityResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.stage !== 0) {
       writer.uint32(8).int32(message.stage);
+    }
+    if (message.progress !== undefined) {
+      RotationProgress.encode(message.progress, writer.uint32(18).fork()).join();
     }
     return writer;
   },
@@ -7761,6 +8599,14 @@ export const RotateAuthorityResponse: MessageFns<RotateAuthorityResponse> = {
             message.stage = reader.int32() as any;
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.progress = RotationProgress.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7778,6 +8624,9 @@ export const RotateAuthorityResponse: MessageFns<RotateAuthorityResponse> = {
     if (message.stage !== 0) {
       obj.stage = authorityRotationStageToJSON(message.stage);
     }
+    if (message.progress !== undefined) {
+      obj.progress = RotationProgress.toJSON(message.progress);
+    }
     return obj;
   },
 
@@ -7787,6 +8636,303 @@ export const RotateAuthorityResponse: MessageFns<RotateAuthorityResponse> = {
   fromPartial<I extends Exact<DeepPartial<RotateAuthorityResponse>, I>>(object: I): RotateAuthorityResponse {
     const message = createBaseRotateAuthorityResponse();
     message.stage = object.stage ?? 0;
+    message.progress = (object.progress !== undefined && object.progress !== null)
+      ? RotationProgress.fromPartial(object.progress)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseListRotationProgressRequest(): ListRotationProgressRequest {
+  return { pageSize: 0, pageToken: "", behindOnly: false };
+}
+
+export const ListRotationProgressRequest: MessageFns<ListRotationProgressRequest> = {
+  encode(message: ListRotationProgressRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.pageSize !== 0) {
+      writer.uint32(8).int32(message.pageSize);
+    }
+    if (message.pageToken !== "") {
+      writer.uint32(18).string(message.pageToken);
+    }
+    if (message.behindOnly !== false) {
+      writer.uint32(24).bool(message.behindOnly);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ListRotationProgressRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseListRotationProgressRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.pageSize = reader.int32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.pageToken = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.behindOnly = reader.bool();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ListRotationProgressRequest): unknown {
+    const obj: any = {};
+    if (message.pageSize !== 0) {
+      obj.pageSize = Math.round(message.pageSize);
+    }
+    if (message.pageToken !== "") {
+      obj.pageToken = message.pageToken;
+    }
+    if (message.behindOnly !== false) {
+      obj.behindOnly = message.behindOnly;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ListRotationProgressRequest>, I>>(base?: I): ListRotationProgressRequest {
+    return ListRotationProgressRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ListRotationProgressRequest>, I>>(object: I): ListRotationProgressRequest {
+    const message = createBaseListRotationProgressRequest();
+    message.pageSize = object.pageSize ?? 0;
+    message.pageToken = object.pageToken ?? "";
+    message.behindOnly = object.behindOnly ?? false;
+    return message;
+  },
+};
+
+function createBaseListRotationProgressResponse(): ListRotationProgressResponse {
+  return { holders: [], nextPageToken: "" };
+}
+
+export const ListRotationProgressResponse: MessageFns<ListRotationProgressResponse> = {
+  encode(message: ListRotationProgressResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.holders) {
+      HolderProgress.encode(v!, writer.uint32(10).fork()).join();
+    }
+    if (message.nextPageToken !== "") {
+      writer.uint32(18).string(message.nextPageToken);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ListRotationProgressResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseListRotationProgressResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.holders.push(HolderProgress.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.nextPageToken = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ListRotationProgressResponse): unknown {
+    const obj: any = {};
+    if (message.holders?.length) {
+      obj.holders = message.holders.map((e) => HolderProgress.toJSON(e));
+    }
+    if (message.nextPageToken !== "") {
+      obj.nextPageToken = message.nextPageToken;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ListRotationProgressResponse>, I>>(base?: I): ListRotationProgressResponse {
+    return ListRotationProgressResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ListRotationProgressResponse>, I>>(object: I): ListRotationProgressResponse {
+    const message = createBaseListRotationProgressResponse();
+    message.holders = object.holders?.map((e) => HolderProgress.fromPartial(e)) || [];
+    message.nextPageToken = object.nextPageToken ?? "";
+    return message;
+  },
+};
+
+function createBaseHolderProgress(): HolderProgress {
+  return { spiffeId: "", trusting: false, certified: false, lastSeenAt: undefined, notAfter: undefined };
+}
+
+export const HolderProgress: MessageFns<HolderProgress> = {
+  encode(message: HolderProgress, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.spiffeId !== "") {
+      writer.uint32(10).string(message.spiffeId);
+    }
+    if (message.trusting !== false) {
+      writer.uint32(16).bool(message.trusting);
+    }
+    if (message.certified !== false) {
+      writer.uint32(24).bool(message.certified);
+    }
+    if (message.lastSeenAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.lastSeenAt), writer.uint32(34).fork()).join();
+    }
+    if (message.notAfter !== undefined) {
+      Timestamp.encode(toTimestamp(message.notAfter), writer.uint32(42).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): HolderProgress {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseHolderProgress();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.spiffeId = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.trusting = reader.bool();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.certified = reader.bool();
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.lastSeenAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.notAfter = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: HolderProgress): unknown {
+    const obj: any = {};
+    if (message.spiffeId !== "") {
+      obj.spiffeId = message.spiffeId;
+    }
+    if (message.trusting !== false) {
+      obj.trusting = message.trusting;
+    }
+    if (message.certified !== false) {
+      obj.certified = message.certified;
+    }
+    if (message.lastSeenAt !== undefined) {
+      obj.lastSeenAt = message.lastSeenAt.toISOString();
+    }
+    if (message.notAfter !== undefined) {
+      obj.notAfter = message.notAfter.toISOString();
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<HolderProgress>, I>>(base?: I): HolderProgress {
+    return HolderProgress.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<HolderProgress>, I>>(object: I): HolderProgress {
+    const message = createBaseHolderProgress();
+    message.spiffeId = object.spiffeId ?? "";
+    message.trusting = object.trusting ?? false;
+    message.certified = object.certified ?? false;
+    message.lastSeenAt = object.lastSeenAt ?? undefined;
+    message.notAfter = object.notAfter ?? undefined;
     return message;
   },
 };
@@ -8460,6 +9606,18 @@ export const AdminServiceService = {
       Buffer.from(ListEnrollmentTokensResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListEnrollmentTokensResponse => ListEnrollmentTokensResponse.decode(value),
   },
+  getEnrollmentToken: {
+    path: "/edgemesh.v1.AdminService/GetEnrollmentToken" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetEnrollmentTokenRequest): Buffer =>
+      Buffer.from(GetEnrollmentTokenRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetEnrollmentTokenRequest => GetEnrollmentTokenRequest.decode(value),
+    responseSerialize: (value: GetEnrollmentTokenResponse): Buffer =>
+      Buffer.from(GetEnrollmentTokenResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetEnrollmentTokenResponse => GetEnrollmentTokenResponse.decode(value),
+  },
+  /** Ends a token, and with revoke_devices all that it has enrolled. */
   revokeEnrollmentToken: {
     path: "/edgemesh.v1.AdminService/RevokeEnrollmentToken" as const,
     requestStream: false as const,
@@ -8523,7 +9681,7 @@ export const AdminServiceService = {
       Buffer.from(ReleaseDeviceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ReleaseDeviceResponse => ReleaseDeviceResponse.decode(value),
   },
-  /** any -> revoked, for good: certificates refused, streams cut, leases revoked. */
+  /** any -> revoked, for good (a device that waits for approval is rejected by this): certificates refused, streams cut, leases revoked. */
   revokeDevice: {
     path: "/edgemesh.v1.AdminService/RevokeDevice" as const,
     requestStream: false as const,
@@ -8534,6 +9692,10 @@ export const AdminServiceService = {
       Buffer.from(RevokeDeviceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): RevokeDeviceResponse => RevokeDeviceResponse.decode(value),
   },
+  /**
+   * Removes it: certificates refused and on the revocation list, streams cut. Its id may be enrolled anew. What it did
+   * stays in the audit log.
+   */
   deleteDevice: {
     path: "/edgemesh.v1.AdminService/DeleteDevice" as const,
     requestStream: false as const,
@@ -8747,6 +9909,12 @@ export const AdminServiceService = {
       Buffer.from(GetAuthorityResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetAuthorityResponse => GetAuthorityResponse.decode(value),
   },
+  /**
+   * Replaces the authority in stages: stable -> published (the new root is trusted beside the old one) -> issuing (the new
+   * one issues) -> retiring (the old one is trusted no more) -> stable (the old one is forgotten, for good). Each call goes
+   * one stage on or, before the last, one stage back. Going on is refused with FAILED_PRECONDITION ROTATION_NOT_READY for
+   * as long as a device or an operator would be left behind, unless `force` says that they may be.
+   */
   rotateAuthority: {
     path: "/edgemesh.v1.AdminService/RotateAuthority" as const,
     requestStream: false as const,
@@ -8757,6 +9925,18 @@ export const AdminServiceService = {
     responseSerialize: (value: RotateAuthorityResponse): Buffer =>
       Buffer.from(RotateAuthorityResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): RotateAuthorityResponse => RotateAuthorityResponse.decode(value),
+  },
+  /** How far each device and operator is with a rotation. */
+  listRotationProgress: {
+    path: "/edgemesh.v1.AdminService/ListRotationProgress" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListRotationProgressRequest): Buffer =>
+      Buffer.from(ListRotationProgressRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListRotationProgressRequest => ListRotationProgressRequest.decode(value),
+    responseSerialize: (value: ListRotationProgressResponse): Buffer =>
+      Buffer.from(ListRotationProgressResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListRotationProgressResponse => ListRotationProgressResponse.decode(value),
   },
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState: {
@@ -8787,6 +9967,8 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   /** Makes an enrollment token. Its text is in this answer and nowhere else. */
   createEnrollmentToken: handleUnaryCall<CreateEnrollmentTokenRequest, CreateEnrollmentTokenResponse>;
   listEnrollmentTokens: handleUnaryCall<ListEnrollmentTokensRequest, ListEnrollmentTokensResponse>;
+  getEnrollmentToken: handleUnaryCall<GetEnrollmentTokenRequest, GetEnrollmentTokenResponse>;
+  /** Ends a token, and with revoke_devices all that it has enrolled. */
   revokeEnrollmentToken: handleUnaryCall<RevokeEnrollmentTokenRequest, RevokeEnrollmentTokenResponse>;
   listDevices: handleUnaryCall<ListDevicesRequest, ListDevicesResponse>;
   getDevice: handleUnaryCall<GetDeviceRequest, GetDeviceResponse>;
@@ -8796,8 +9978,12 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   quarantineDevice: handleUnaryCall<QuarantineDeviceRequest, QuarantineDeviceResponse>;
   /** quarantined -> active. */
   releaseDevice: handleUnaryCall<ReleaseDeviceRequest, ReleaseDeviceResponse>;
-  /** any -> revoked, for good: certificates refused, streams cut, leases revoked. */
+  /** any -> revoked, for good (a device that waits for approval is rejected by this): certificates refused, streams cut, leases revoked. */
   revokeDevice: handleUnaryCall<RevokeDeviceRequest, RevokeDeviceResponse>;
+  /**
+   * Removes it: certificates refused and on the revocation list, streams cut. Its id may be enrolled anew. What it did
+   * stays in the audit log.
+   */
   deleteDevice: handleUnaryCall<DeleteDeviceRequest, DeleteDeviceResponse>;
   createUser: handleUnaryCall<CreateUserRequest, CreateUserResponse>;
   listUsers: handleUnaryCall<ListUsersRequest, ListUsersResponse>;
@@ -8823,7 +10009,15 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   tailAuditEvents: handleServerStreamingCall<TailAuditEventsRequest, TailAuditEventsResponse>;
   /** The certificate authority: who signs, until when, in which stage of a rotation. */
   getAuthority: handleUnaryCall<GetAuthorityRequest, GetAuthorityResponse>;
+  /**
+   * Replaces the authority in stages: stable -> published (the new root is trusted beside the old one) -> issuing (the new
+   * one issues) -> retiring (the old one is trusted no more) -> stable (the old one is forgotten, for good). Each call goes
+   * one stage on or, before the last, one stage back. Going on is refused with FAILED_PRECONDITION ROTATION_NOT_READY for
+   * as long as a device or an operator would be left behind, unless `force` says that they may be.
+   */
   rotateAuthority: handleUnaryCall<RotateAuthorityRequest, RotateAuthorityResponse>;
+  /** How far each device and operator is with a rotation. */
+  listRotationProgress: handleUnaryCall<ListRotationProgressRequest, ListRotationProgressResponse>;
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState: handleUnaryCall<GetPolicyStateRequest, GetPolicyStateResponse>;
   updatePolicyData: handleUnaryCall<UpdatePolicyDataRequest, UpdatePolicyDataResponse>;
@@ -8861,6 +10055,22 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListEnrollmentTokensResponse) => void,
   ): ClientUnaryCall;
+  getEnrollmentToken(
+    request: GetEnrollmentTokenRequest,
+    callback: (error: ServiceError | null, response: GetEnrollmentTokenResponse) => void,
+  ): ClientUnaryCall;
+  getEnrollmentToken(
+    request: GetEnrollmentTokenRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetEnrollmentTokenResponse) => void,
+  ): ClientUnaryCall;
+  getEnrollmentToken(
+    request: GetEnrollmentTokenRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetEnrollmentTokenResponse) => void,
+  ): ClientUnaryCall;
+  /** Ends a token, and with revoke_devices all that it has enrolled. */
   revokeEnrollmentToken(
     request: RevokeEnrollmentTokenRequest,
     callback: (error: ServiceError | null, response: RevokeEnrollmentTokenResponse) => void,
@@ -8954,7 +10164,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ReleaseDeviceResponse) => void,
   ): ClientUnaryCall;
-  /** any -> revoked, for good: certificates refused, streams cut, leases revoked. */
+  /** any -> revoked, for good (a device that waits for approval is rejected by this): certificates refused, streams cut, leases revoked. */
   revokeDevice(
     request: RevokeDeviceRequest,
     callback: (error: ServiceError | null, response: RevokeDeviceResponse) => void,
@@ -8970,6 +10180,10 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: RevokeDeviceResponse) => void,
   ): ClientUnaryCall;
+  /**
+   * Removes it: certificates refused and on the revocation list, streams cut. Its id may be enrolled anew. What it did
+   * stays in the audit log.
+   */
   deleteDevice(
     request: DeleteDeviceRequest,
     callback: (error: ServiceError | null, response: DeleteDeviceResponse) => void,
@@ -9283,6 +10497,12 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetAuthorityResponse) => void,
   ): ClientUnaryCall;
+  /**
+   * Replaces the authority in stages: stable -> published (the new root is trusted beside the old one) -> issuing (the new
+   * one issues) -> retiring (the old one is trusted no more) -> stable (the old one is forgotten, for good). Each call goes
+   * one stage on or, before the last, one stage back. Going on is refused with FAILED_PRECONDITION ROTATION_NOT_READY for
+   * as long as a device or an operator would be left behind, unless `force` says that they may be.
+   */
   rotateAuthority(
     request: RotateAuthorityRequest,
     callback: (error: ServiceError | null, response: RotateAuthorityResponse) => void,
@@ -9297,6 +10517,22 @@ export interface AdminServiceClient extends Client {
     metadata: Metadata,
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: RotateAuthorityResponse) => void,
+  ): ClientUnaryCall;
+  /** How far each device and operator is with a rotation. */
+  listRotationProgress(
+    request: ListRotationProgressRequest,
+    callback: (error: ServiceError | null, response: ListRotationProgressResponse) => void,
+  ): ClientUnaryCall;
+  listRotationProgress(
+    request: ListRotationProgressRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListRotationProgressResponse) => void,
+  ): ClientUnaryCall;
+  listRotationProgress(
+    request: ListRotationProgressRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListRotationProgressResponse) => void,
   ): ClientUnaryCall;
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState(

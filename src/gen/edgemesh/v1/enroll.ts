@@ -27,15 +27,29 @@ export const protobufPackage = "edgemesh.v1";
 
 export const protobufFileName = "edgemesh/v1/enroll.proto";
 
+export interface GetChallengeRequest {
+}
+
+export interface GetChallengeResponse {
+  /** ASCII text. Good for any number of requests until it expires; each request is good once. */
+  challenge: string;
+  expiresAt: Date | undefined;
+  serverTime: Date | undefined;
+}
+
 export interface EnrollRequest {
   /** The token as the operator handed it out, beginning with "em1.". */
   token: string;
   /**
    * PKCS#10 certificate signing request, DER or PEM, 8 KiB at most; P-256, P-384, Ed25519 or RSA of 2048 bits and more.
-   * Only its public key is used; its subject and extensions are ignored.
+   * It carries a challenge of GetChallenge. Only its public key is used; its subject and extensions are ignored.
    */
   csr: Buffer;
-  device: DeviceDescription | undefined;
+  device:
+    | DeviceDescription
+    | undefined;
+  /** The device's clock when it sent this, so that errors can say how wrong it is. */
+  sentAt: Date | undefined;
 }
 
 export interface EnrollResponse {
@@ -51,6 +65,7 @@ export interface EnrollResponse {
   serverTime: Date | undefined;
 }
 
+/** Sent again every now and then while it lasts, so that nothing on the way takes the stream for dead. */
 export interface PendingApproval {
   deviceId: string;
 }
@@ -66,13 +81,15 @@ export interface Identity {
   notAfter:
     | Date
     | undefined;
-  /** When to renew: two thirds into the certificate's life. */
+  /** When to renew: around two thirds into the certificate's life, each certificate at a moment of its own. */
   renewAfter: Date | undefined;
 }
 
 export interface RenewCertificateRequest {
   /** As in EnrollRequest. A new key is recommended. */
   csr: Buffer;
+  /** As in EnrollRequest. */
+  sentAt: Date | undefined;
 }
 
 export interface RenewCertificateResponse {
@@ -88,8 +105,149 @@ export interface GetTrustBundleResponse {
   serverTime: Date | undefined;
 }
 
+function createBaseGetChallengeRequest(): GetChallengeRequest {
+  return {};
+}
+
+export const GetChallengeRequest: MessageFns<GetChallengeRequest> = {
+  encode(_: GetChallengeRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): GetChallengeRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseGetChallengeRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(_: GetChallengeRequest): unknown {
+    const obj: any = {};
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<GetChallengeRequest>, I>>(base?: I): GetChallengeRequest {
+    return GetChallengeRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<GetChallengeRequest>, I>>(_: I): GetChallengeRequest {
+    const message = createBaseGetChallengeRequest();
+    return message;
+  },
+};
+
+function createBaseGetChallengeResponse(): GetChallengeResponse {
+  return { challenge: "", expiresAt: undefined, serverTime: undefined };
+}
+
+export const GetChallengeResponse: MessageFns<GetChallengeResponse> = {
+  encode(message: GetChallengeResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.challenge !== "") {
+      writer.uint32(10).string(message.challenge);
+    }
+    if (message.expiresAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.expiresAt), writer.uint32(18).fork()).join();
+    }
+    if (message.serverTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.serverTime), writer.uint32(26).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): GetChallengeResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseGetChallengeResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.challenge = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.expiresAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.serverTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: GetChallengeResponse): unknown {
+    const obj: any = {};
+    if (message.challenge !== "") {
+      obj.challenge = message.challenge;
+    }
+    if (message.expiresAt !== undefined) {
+      obj.expiresAt = message.expiresAt.toISOString();
+    }
+    if (message.serverTime !== undefined) {
+      obj.serverTime = message.serverTime.toISOString();
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<GetChallengeResponse>, I>>(base?: I): GetChallengeResponse {
+    return GetChallengeResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<GetChallengeResponse>, I>>(object: I): GetChallengeResponse {
+    const message = createBaseGetChallengeResponse();
+    message.challenge = object.challenge ?? "";
+    message.expiresAt = object.expiresAt ?? undefined;
+    message.serverTime = object.serverTime ?? undefined;
+    return message;
+  },
+};
+
 function createBaseEnrollRequest(): EnrollRequest {
-  return { token: "", csr: Buffer.alloc(0), device: undefined };
+  return { token: "", csr: Buffer.alloc(0), device: undefined, sentAt: undefined };
 }
 
 export const EnrollRequest: MessageFns<EnrollRequest> = {
@@ -102,6 +260,9 @@ export const EnrollRequest: MessageFns<EnrollRequest> = {
     }
     if (message.device !== undefined) {
       DeviceDescription.encode(message.device, writer.uint32(26).fork()).join();
+    }
+    if (message.sentAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.sentAt), writer.uint32(34).fork()).join();
     }
     return writer;
   },
@@ -143,6 +304,14 @@ export const EnrollRequest: MessageFns<EnrollRequest> = {
             message.device = DeviceDescription.decode(reader, reader.uint32());
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.sentAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -166,6 +335,9 @@ export const EnrollRequest: MessageFns<EnrollRequest> = {
     if (message.device !== undefined) {
       obj.device = DeviceDescription.toJSON(message.device);
     }
+    if (message.sentAt !== undefined) {
+      obj.sentAt = message.sentAt.toISOString();
+    }
     return obj;
   },
 
@@ -179,6 +351,7 @@ export const EnrollRequest: MessageFns<EnrollRequest> = {
     message.device = (object.device !== undefined && object.device !== null)
       ? DeviceDescription.fromPartial(object.device)
       : undefined;
+    message.sentAt = object.sentAt ?? undefined;
     return message;
   },
 };
@@ -500,13 +673,16 @@ export const Identity: MessageFns<Identity> = {
 };
 
 function createBaseRenewCertificateRequest(): RenewCertificateRequest {
-  return { csr: Buffer.alloc(0) };
+  return { csr: Buffer.alloc(0), sentAt: undefined };
 }
 
 export const RenewCertificateRequest: MessageFns<RenewCertificateRequest> = {
   encode(message: RenewCertificateRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.csr.length !== 0) {
       writer.uint32(10).bytes(message.csr);
+    }
+    if (message.sentAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.sentAt), writer.uint32(18).fork()).join();
     }
     return writer;
   },
@@ -532,6 +708,14 @@ export const RenewCertificateRequest: MessageFns<RenewCertificateRequest> = {
             message.csr = Buffer.from(reader.bytes());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.sentAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -549,6 +733,9 @@ export const RenewCertificateRequest: MessageFns<RenewCertificateRequest> = {
     if (message.csr.length !== 0) {
       obj.csr = base64FromBytes(message.csr);
     }
+    if (message.sentAt !== undefined) {
+      obj.sentAt = message.sentAt.toISOString();
+    }
     return obj;
   },
 
@@ -558,6 +745,7 @@ export const RenewCertificateRequest: MessageFns<RenewCertificateRequest> = {
   fromPartial<I extends Exact<DeepPartial<RenewCertificateRequest>, I>>(object: I): RenewCertificateRequest {
     const message = createBaseRenewCertificateRequest();
     message.csr = object.csr ?? Buffer.alloc(0);
+    message.sentAt = object.sentAt ?? undefined;
     return message;
   },
 };
@@ -774,13 +962,31 @@ export const GetTrustBundleResponse: MessageFns<GetTrustBundleResponse> = {
 export type EnrollServiceService = typeof EnrollServiceService;
 export const EnrollServiceService = {
   /**
+   * What a certificate signing request has to carry, as its challengePassword attribute (RFC 2985 section 5.4.1), to prove
+   * that it was signed just now and by who asks. No client certificate is needed. Any instance takes what another gave.
+   */
+  getChallenge: {
+    path: "/edgemesh.v1.EnrollService/GetChallenge" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetChallengeRequest): Buffer => Buffer.from(GetChallengeRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetChallengeRequest => GetChallengeRequest.decode(value),
+    responseSerialize: (value: GetChallengeResponse): Buffer =>
+      Buffer.from(GetChallengeResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetChallengeResponse => GetChallengeResponse.decode(value),
+  },
+  /**
    * Redeems an enrollment token and a certificate signing request for a device identity. No client certificate is needed.
    *
    * The stream carries the steps: pending_approval where the token asks for an operator's approval, then the identity.
-   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing.
+   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing; so
+   * does a stream that broke while it waited for approval. Each call takes a request signed anew.
    *
-   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_REVOKED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED.
-   * ALREADY_EXISTS: DEVICE_EXISTS (another key holds that id). INVALID_ARGUMENT names the field.
+   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_SECRET_WRONG, TOKEN_EXPIRED, TOKEN_REVOKED. PERMISSION_DENIED: TOKEN_OTHER_KEY
+   * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
+   * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
+   * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
+   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
    */
   enroll: {
     path: "/edgemesh.v1.EnrollService/Enroll" as const,
@@ -791,7 +997,13 @@ export const EnrollServiceService = {
     responseSerialize: (value: EnrollResponse): Buffer => Buffer.from(EnrollResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): EnrollResponse => EnrollResponse.decode(value),
   },
-  /** Issues a new certificate for the identity that calls, for the key of the CSR. Devices only. */
+  /**
+   * Issues a new certificate for the identity that calls, for the key of the CSR. Devices and operators.
+   *
+   * A device whose certificate has expired may call it too, over a connection on which it shows that certificate, for as
+   * long as CERT_RECOVERY_DAYS allows: it comes back quarantined, or is asked to wait for an operator's approval
+   * (FAILED_PRECONDITION RECOVERY_NEEDS_APPROVAL with RetryInfo). Too late: FAILED_PRECONDITION RECOVERY_WINDOW_OVER.
+   */
   renewCertificate: {
     path: "/edgemesh.v1.EnrollService/RenewCertificate" as const,
     requestStream: false as const,
@@ -819,16 +1031,31 @@ export const EnrollServiceService = {
 
 export interface EnrollServiceServer extends UntypedServiceImplementation {
   /**
+   * What a certificate signing request has to carry, as its challengePassword attribute (RFC 2985 section 5.4.1), to prove
+   * that it was signed just now and by who asks. No client certificate is needed. Any instance takes what another gave.
+   */
+  getChallenge: handleUnaryCall<GetChallengeRequest, GetChallengeResponse>;
+  /**
    * Redeems an enrollment token and a certificate signing request for a device identity. No client certificate is needed.
    *
    * The stream carries the steps: pending_approval where the token asks for an operator's approval, then the identity.
-   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing.
+   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing; so
+   * does a stream that broke while it waited for approval. Each call takes a request signed anew.
    *
-   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_REVOKED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED.
-   * ALREADY_EXISTS: DEVICE_EXISTS (another key holds that id). INVALID_ARGUMENT names the field.
+   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_SECRET_WRONG, TOKEN_EXPIRED, TOKEN_REVOKED. PERMISSION_DENIED: TOKEN_OTHER_KEY
+   * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
+   * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
+   * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
+   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
    */
   enroll: handleServerStreamingCall<EnrollRequest, EnrollResponse>;
-  /** Issues a new certificate for the identity that calls, for the key of the CSR. Devices only. */
+  /**
+   * Issues a new certificate for the identity that calls, for the key of the CSR. Devices and operators.
+   *
+   * A device whose certificate has expired may call it too, over a connection on which it shows that certificate, for as
+   * long as CERT_RECOVERY_DAYS allows: it comes back quarantined, or is asked to wait for an operator's approval
+   * (FAILED_PRECONDITION RECOVERY_NEEDS_APPROVAL with RetryInfo). Too late: FAILED_PRECONDITION RECOVERY_WINDOW_OVER.
+   */
   renewCertificate: handleUnaryCall<RenewCertificateRequest, RenewCertificateResponse>;
   /** Roots, intermediates and the revocation list. No client certificate is needed. */
   getTrustBundle: handleUnaryCall<GetTrustBundleRequest, GetTrustBundleResponse>;
@@ -836,13 +1063,36 @@ export interface EnrollServiceServer extends UntypedServiceImplementation {
 
 export interface EnrollServiceClient extends Client {
   /**
+   * What a certificate signing request has to carry, as its challengePassword attribute (RFC 2985 section 5.4.1), to prove
+   * that it was signed just now and by who asks. No client certificate is needed. Any instance takes what another gave.
+   */
+  getChallenge(
+    request: GetChallengeRequest,
+    callback: (error: ServiceError | null, response: GetChallengeResponse) => void,
+  ): ClientUnaryCall;
+  getChallenge(
+    request: GetChallengeRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetChallengeResponse) => void,
+  ): ClientUnaryCall;
+  getChallenge(
+    request: GetChallengeRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetChallengeResponse) => void,
+  ): ClientUnaryCall;
+  /**
    * Redeems an enrollment token and a certificate signing request for a device identity. No client certificate is needed.
    *
    * The stream carries the steps: pending_approval where the token asks for an operator's approval, then the identity.
-   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing.
+   * Repeating a call with the same token and the same key gives the same device again, so a lost answer costs nothing; so
+   * does a stream that broke while it waited for approval. Each call takes a request signed anew.
    *
-   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_REVOKED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED.
-   * ALREADY_EXISTS: DEVICE_EXISTS (another key holds that id). INVALID_ARGUMENT names the field.
+   * UNAUTHENTICATED: TOKEN_UNKNOWN, TOKEN_SECRET_WRONG, TOKEN_EXPIRED, TOKEN_REVOKED. PERMISSION_DENIED: TOKEN_OTHER_KEY
+   * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
+   * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
+   * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
+   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
    */
   enroll(request: EnrollRequest, options?: Partial<CallOptions>): ClientReadableStream<EnrollResponse>;
   enroll(
@@ -850,7 +1100,13 @@ export interface EnrollServiceClient extends Client {
     metadata?: Metadata,
     options?: Partial<CallOptions>,
   ): ClientReadableStream<EnrollResponse>;
-  /** Issues a new certificate for the identity that calls, for the key of the CSR. Devices only. */
+  /**
+   * Issues a new certificate for the identity that calls, for the key of the CSR. Devices and operators.
+   *
+   * A device whose certificate has expired may call it too, over a connection on which it shows that certificate, for as
+   * long as CERT_RECOVERY_DAYS allows: it comes back quarantined, or is asked to wait for an operator's approval
+   * (FAILED_PRECONDITION RECOVERY_NEEDS_APPROVAL with RetryInfo). Too late: FAILED_PRECONDITION RECOVERY_WINDOW_OVER.
+   */
   renewCertificate(
     request: RenewCertificateRequest,
     callback: (error: ServiceError | null, response: RenewCertificateResponse) => void,

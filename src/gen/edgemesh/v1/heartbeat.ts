@@ -38,7 +38,11 @@ export interface HeartbeatRequest {
    * The device's clock when it sent this. With posture.measured_at it gives the age of the measurement, whatever the
    * device believes the time to be.
    */
-  sentAt: Date | undefined;
+  sentAt:
+    | Date
+    | undefined;
+  /** `id` of the trust bundle that the device goes by, so that a change of the certificate authority can wait for it. */
+  trustBundleId: string;
 }
 
 export interface HeartbeatResponse {
@@ -63,11 +67,14 @@ export interface Directive {
     | { $case: "reconnect"; value: ReconnectDirective }
     | { $case: "quarantined"; value: QuarantinedDirective }
     | { $case: "revoked"; value: RevokedDirective }
+    | { $case: "released"; value: ReleasedDirective }
     | undefined;
 }
 
-/** The certificate is past two thirds of its life. */
+/** The certificate is late in its life, or its issuer is being replaced. */
 export interface RenewCertificateDirective {
+  /** Wait for so long before: the renewals of a fleet are spread. */
+  delay: Duration | undefined;
 }
 
 /** The trust bundle has changed. */
@@ -95,8 +102,12 @@ export interface RevokedDirective {
   reason: string;
 }
 
+/** The device is no longer quarantined. */
+export interface ReleasedDirective {
+}
+
 function createBaseHeartbeatRequest(): HeartbeatRequest {
-  return { sequence: 0, posture: undefined, openConnectionIds: [], sentAt: undefined };
+  return { sequence: 0, posture: undefined, openConnectionIds: [], sentAt: undefined, trustBundleId: "" };
 }
 
 export const HeartbeatRequest: MessageFns<HeartbeatRequest> = {
@@ -112,6 +123,9 @@ export const HeartbeatRequest: MessageFns<HeartbeatRequest> = {
     }
     if (message.sentAt !== undefined) {
       Timestamp.encode(toTimestamp(message.sentAt), writer.uint32(34).fork()).join();
+    }
+    if (message.trustBundleId !== "") {
+      writer.uint32(42).string(message.trustBundleId);
     }
     return writer;
   },
@@ -161,6 +175,14 @@ export const HeartbeatRequest: MessageFns<HeartbeatRequest> = {
             message.sentAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.trustBundleId = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -187,6 +209,9 @@ export const HeartbeatRequest: MessageFns<HeartbeatRequest> = {
     if (message.sentAt !== undefined) {
       obj.sentAt = message.sentAt.toISOString();
     }
+    if (message.trustBundleId !== "") {
+      obj.trustBundleId = message.trustBundleId;
+    }
     return obj;
   },
 
@@ -201,6 +226,7 @@ export const HeartbeatRequest: MessageFns<HeartbeatRequest> = {
       : undefined;
     message.openConnectionIds = object.openConnectionIds?.map((e) => e) || [];
     message.sentAt = object.sentAt ?? undefined;
+    message.trustBundleId = object.trustBundleId ?? "";
     return message;
   },
 };
@@ -361,6 +387,9 @@ export const Directive: MessageFns<Directive> = {
       case "revoked":
         RevokedDirective.encode(message.kind.value, writer.uint32(50).fork()).join();
         break;
+      case "released":
+        ReleasedDirective.encode(message.kind.value, writer.uint32(58).fork()).join();
+        break;
     }
     return writer;
   },
@@ -429,6 +458,14 @@ export const Directive: MessageFns<Directive> = {
             message.kind = { $case: "revoked", value: RevokedDirective.decode(reader, reader.uint32()) };
             continue;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.kind = { $case: "released", value: ReleasedDirective.decode(reader, reader.uint32()) };
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -455,6 +492,8 @@ export const Directive: MessageFns<Directive> = {
       obj.quarantined = QuarantinedDirective.toJSON(message.kind.value);
     } else if (message.kind?.$case === "revoked") {
       obj.revoked = RevokedDirective.toJSON(message.kind.value);
+    } else if (message.kind?.$case === "released") {
+      obj.released = ReleasedDirective.toJSON(message.kind.value);
     }
     return obj;
   },
@@ -501,17 +540,26 @@ export const Directive: MessageFns<Directive> = {
         }
         break;
       }
+      case "released": {
+        if (object.kind?.value !== undefined && object.kind?.value !== null) {
+          message.kind = { $case: "released", value: ReleasedDirective.fromPartial(object.kind.value) };
+        }
+        break;
+      }
     }
     return message;
   },
 };
 
 function createBaseRenewCertificateDirective(): RenewCertificateDirective {
-  return {};
+  return { delay: undefined };
 }
 
 export const RenewCertificateDirective: MessageFns<RenewCertificateDirective> = {
-  encode(_: RenewCertificateDirective, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+  encode(message: RenewCertificateDirective, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.delay !== undefined) {
+      Duration.encode(message.delay, writer.uint32(10).fork()).join();
+    }
     return writer;
   },
 
@@ -528,6 +576,14 @@ export const RenewCertificateDirective: MessageFns<RenewCertificateDirective> = 
       while (reader.pos < end) {
         const tag = reader.uint32();
         switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.delay = Duration.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -540,16 +596,22 @@ export const RenewCertificateDirective: MessageFns<RenewCertificateDirective> = 
     }
   },
 
-  toJSON(_: RenewCertificateDirective): unknown {
+  toJSON(message: RenewCertificateDirective): unknown {
     const obj: any = {};
+    if (message.delay !== undefined) {
+      obj.delay = Duration.toJSON(message.delay);
+    }
     return obj;
   },
 
   create<I extends Exact<DeepPartial<RenewCertificateDirective>, I>>(base?: I): RenewCertificateDirective {
     return RenewCertificateDirective.fromPartial(base ?? ({} as any));
   },
-  fromPartial<I extends Exact<DeepPartial<RenewCertificateDirective>, I>>(_: I): RenewCertificateDirective {
+  fromPartial<I extends Exact<DeepPartial<RenewCertificateDirective>, I>>(object: I): RenewCertificateDirective {
     const message = createBaseRenewCertificateDirective();
+    message.delay = (object.delay !== undefined && object.delay !== null)
+      ? Duration.fromPartial(object.delay)
+      : undefined;
     return message;
   },
 };
@@ -869,6 +931,54 @@ export const RevokedDirective: MessageFns<RevokedDirective> = {
   fromPartial<I extends Exact<DeepPartial<RevokedDirective>, I>>(object: I): RevokedDirective {
     const message = createBaseRevokedDirective();
     message.reason = object.reason ?? "";
+    return message;
+  },
+};
+
+function createBaseReleasedDirective(): ReleasedDirective {
+  return {};
+}
+
+export const ReleasedDirective: MessageFns<ReleasedDirective> = {
+  encode(_: ReleasedDirective, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ReleasedDirective {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseReleasedDirective();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(_: ReleasedDirective): unknown {
+    const obj: any = {};
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ReleasedDirective>, I>>(base?: I): ReleasedDirective {
+    return ReleasedDirective.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ReleasedDirective>, I>>(_: I): ReleasedDirective {
+    const message = createBaseReleasedDirective();
     return message;
   },
 };

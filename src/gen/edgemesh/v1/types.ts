@@ -164,10 +164,14 @@ export interface TrustBundle {
   rootsPem: string[];
   /** Issuing certificates, PEM. */
   intermediatesPem: string[];
-  /** Certificate revocation list, DER, as RFC 5280 has it. */
+  /** Certificate revocation list of the authority that issues now, DER, as RFC 5280 has it. */
   crlDer: Buffer;
   /** The SPIFFE trust domain. */
   trustDomain: string;
+  /** The lists of all authorities that are trusted, the one that issues now first. */
+  crlsDer: Buffer[];
+  /** Names the set of roots: the same for the same roots. A device reports it with its heartbeats. */
+  id: string;
 }
 
 function createBaseDeviceDescription(): DeviceDescription {
@@ -802,7 +806,7 @@ export const Reason: MessageFns<Reason> = {
 };
 
 function createBaseTrustBundle(): TrustBundle {
-  return { rootsPem: [], intermediatesPem: [], crlDer: Buffer.alloc(0), trustDomain: "" };
+  return { rootsPem: [], intermediatesPem: [], crlDer: Buffer.alloc(0), trustDomain: "", crlsDer: [], id: "" };
 }
 
 export const TrustBundle: MessageFns<TrustBundle> = {
@@ -818,6 +822,12 @@ export const TrustBundle: MessageFns<TrustBundle> = {
     }
     if (message.trustDomain !== "") {
       writer.uint32(34).string(message.trustDomain);
+    }
+    for (const v of message.crlsDer) {
+      writer.uint32(42).bytes(v!);
+    }
+    if (message.id !== "") {
+      writer.uint32(50).string(message.id);
     }
     return writer;
   },
@@ -867,6 +877,22 @@ export const TrustBundle: MessageFns<TrustBundle> = {
             message.trustDomain = reader.string();
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.crlsDer.push(Buffer.from(reader.bytes()));
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -893,6 +919,12 @@ export const TrustBundle: MessageFns<TrustBundle> = {
     if (message.trustDomain !== "") {
       obj.trustDomain = message.trustDomain;
     }
+    if (message.crlsDer?.length) {
+      obj.crlsDer = message.crlsDer.map((e) => base64FromBytes(e));
+    }
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
     return obj;
   },
 
@@ -905,6 +937,8 @@ export const TrustBundle: MessageFns<TrustBundle> = {
     message.intermediatesPem = object.intermediatesPem?.map((e) => e) || [];
     message.crlDer = object.crlDer ?? Buffer.alloc(0);
     message.trustDomain = object.trustDomain ?? "";
+    message.crlsDer = object.crlsDer?.map((e) => e) || [];
+    message.id = object.id ?? "";
     return message;
   },
 };
