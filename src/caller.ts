@@ -13,6 +13,8 @@ export type Identified = {
   /** Last segment of the SPIFFE ID: the device's id, the operator's or the service's name. */
   id: string
   spiffeId: string
+  /** Key identifier of the authority that issued the certificate, lower-case hex. */
+  issuerKeyId: string
   /** The certificate's serial number, lower-case hex without leading zeros' loss: 32 characters. */
   serial: string
   /** End of the certificate's validity, ms since epoch. */

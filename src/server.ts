@@ -5,7 +5,6 @@
  *     …
  *     await server.stop()
  */
-import { X509Certificate } from 'node:crypto'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { Server } from '@grpc/grpc-js'
@@ -32,14 +31,14 @@ import { startCensus } from './fleet/census.ts'
 import { fleetEntities } from './fleet/entities.ts'
 import { createHeartbeats } from './fleet/heartbeat.ts'
 import { startReportWriter } from './fleet/report-writer.ts'
-import { openStoredAuthority } from './identity/authority-store.ts'
-import type { Authority } from './identity/certificate-authority.ts'
+import { type AuthorityOptions, type AuthoritySet, keepAuthorities, openAuthorities } from './identity/authorities.ts'
 import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
 import { createIssuance } from './identity/issuance.ts'
 import { issueOperator } from './identity/operator.ts'
 import { createRenew } from './identity/renew.ts'
+import { createRotation } from './identity/rotation.ts'
 import { keepServerCertificate } from './identity/server-certificate.ts'
 import { createStanding } from './identity/standing.ts'
 import { createTrustBundleSource } from './identity/trust-bundle.ts'
@@ -51,7 +50,7 @@ import { addServices } from './rpc/services.ts'
 import type { Settings } from './settings.ts'
 import { type Readiness, startTelemetryHttp } from './telemetry/http.ts'
 import type { Log } from './telemetry/log.ts'
-import { startMetrics } from './telemetry/metrics.ts'
+import { type Expiry, startMetrics } from './telemetry/metrics.ts'
 
 export const entities = [...identityEntities, ...fleetEntities, ...accessEntities, ...auditEntities]
 
@@ -143,28 +142,32 @@ async function compose(
   // Identity
   startedAt = performance.now()
   const { trustDomain } = settings.identity
-  const { authority, created } = await openStoredAuthority({
-    db,
-    trustDomain,
-    validityDays: settings.identity.caCertValidityDays,
-    passphrase: settings.identity.caKeyPassphrase,
-    clock,
+  const authorityOptions = authorityOptionsOf(settings, db, clock)
+  const { authorities, created } = await keepAuthorities({ ...authorityOptions, feed, log })
+  stops.push(authorities.stop)
+  const issuance = createIssuance({ db, authorities, trustDomain, crlUrl: settings.identity.crlUrl, clock })
+  const trustBundle = createTrustBundleSource({ db, authorities, trustDomain, clock })
+  const standing = createStanding({
+    pool: db.pool,
+    feed,
+    isTrusted: keyId => authorities.current().trusted.some(({ issuerKeyId }) => issuerKeyId === keyId),
   })
-  const issuance = createIssuance({ db, authority, trustDomain, crlUrl: settings.identity.crlUrl, clock })
-  const trustBundle = createTrustBundleSource({ db, authority, trustDomain, clock })
-  const standing = createStanding({ pool: db.pool, feed })
   let port: Port | undefined
   const serverCertificate = await keepServerCertificate({
     db,
-    authority,
+    authorities,
     issuance,
     names: settings.identity.serverNames,
     validityMs: settings.identity.serverCertValidityMs,
     log,
-    onRenewed: certificate => port?.useIdentity(certificate),
+    onChanged: certificate => port?.useIdentity(certificate),
   })
   stops.push(serverCertificate.stop)
-  onStep('authority', performance.now() - startedAt, { created, trustDomain, rootKeySha256: authority.rootKeySha256 })
+  onStep('authority', performance.now() - startedAt, {
+    created,
+    trustDomain,
+    rootKeySha256: authorities.current().issuing.rootKeySha256,
+  })
 
   // Access
   startedAt = performance.now()
@@ -218,6 +221,8 @@ async function compose(
       return { status: device?.status ?? 'revoked', reason: device?.statusReason ?? '' }
     },
     policyRevision: engine.revision,
+    issuerKeyId: () => authorities.current().issuing.issuerKeyId,
+    trustBundle: trustBundle.roots,
     limit: rateLimit('RATE_LIMIT_HEALTH', settings.rateLimits.health),
     intervalMs: settings.health.heartbeatIntervalMs,
     maxAgeMs: settings.health.maxAgeMs,
@@ -247,8 +252,12 @@ async function compose(
     log,
     onCall: metrics.call,
   })
-  stops.push(enforceStanding({ feed, standing, dispatch, clock, log }))
-  // The revocation list is signed anew when certificates were revoked, or may have been.
+  stops.push(enforceStanding({ feed, standing, dispatch, onTrustChange: authorities.onChange, clock, log }))
+  authorities.onChange(() => {
+    trustBundle.invalidate()
+    void heartbeats.tellAuthorities()
+  })
+  // The revocation lists are signed anew when certificates were revoked, or may have been.
   feed.onReset(trustBundle.invalidate)
   feed.onChange(keys => {
     if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
@@ -260,7 +269,6 @@ async function compose(
     trustBundle,
     challenges,
     trustDomain,
-    intermediatesPem: authority.intermediates,
     tokenSecret: settings.identity.enrollmentTokenSecret,
     certValidityMs,
     clock,
@@ -281,7 +289,12 @@ async function compose(
         db,
         clock,
         tokenSecret: settings.identity.enrollmentTokenSecret,
-        authority: authorityState(authority, trustBundle),
+        authority: {
+          trustDomain,
+          current: authorities.current,
+          trustBundle: trustBundle.current,
+          rotation: createRotation({ ...authorityOptions, current: authorities.current }),
+        },
         policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },
       }),
     },
@@ -308,6 +321,10 @@ async function compose(
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
     decisionCache: decider.stats,
     feedLagSeconds: () => feed.lagMs() / 1_000,
+    expiries: () => [
+      ...expiriesOf(authorities.current()),
+      { of: 'server', atMs: serverCertificate.current().notAfter.getTime() },
+    ],
   })
   let stopping = false
   const readiness = async (): Promise<Readiness> => {
@@ -319,7 +336,13 @@ async function compose(
     }
     return { ready: Object.values(checks).every(check => check.ok), checks }
   }
-  const http = await startTelemetryHttp({ ...settings.metrics, metrics: metrics.handler, ready: readiness, log })
+  const http = await startTelemetryHttp({
+    ...settings.metrics,
+    metrics: metrics.handler,
+    ready: readiness,
+    revocationList: trustBundle.revocationList,
+    log,
+  })
   stops.push(http.stop)
   health.setServing(true)
   onStep('listen', performance.now() - startedAt, {
@@ -334,10 +357,10 @@ async function compose(
     apiPort: port.port,
     metricsPort: http.port,
     instanceId,
-    rootKeySha256: authority.rootKeySha256,
-    rootsPem: authority.roots.join(''),
+    rootKeySha256: authorities.current().issuing.rootKeySha256,
+    rootsPem: trustBundle.roots().rootsPem.join(''),
     createdAuthority: created,
-    issueOperator: request => issueOperator({ db, authority, issuance }, request),
+    issueOperator: request => issueOperator({ db, authorities, issuance }, request),
     readiness,
     stop() {
       stopped ??= (async () => {
@@ -382,13 +405,23 @@ async function startEngine(settings: Settings, log: Log): Promise<PolicyEngine> 
   return url === undefined ? startWasmPolicy() : startOpaPolicy({ url, timeoutMs, bearerToken, log })
 }
 
-function authorityState(authority: Authority, trustBundle: ReturnType<typeof createTrustBundleSource>) {
+function authorityOptionsOf({ identity }: Settings, db: Database, clock: Clock): AuthorityOptions {
+  const { trustDomain, caCertValidityDays, caKeyPassphrase, caCertPem, caKeyPem } = identity
   return {
-    rootKeySha256: authority.rootKeySha256,
-    trustBundle: trustBundle.current,
-    rootNotAfter: new Date(new X509Certificate(authority.roots[0] ?? '').validTo),
-    intermediateNotAfter: authority.issuer.notAfter,
+    db,
+    trustDomain,
+    validityDays: caCertValidityDays,
+    passphrase: caKeyPassphrase,
+    files: caCertPem && caKeyPem ? { certPem: caCertPem, keyPem: caKeyPem } : undefined,
+    clock,
   }
+}
+
+function expiriesOf({ all }: AuthoritySet): Expiry[] {
+  return all.flatMap(({ generation, stage, rootNotAfter, issuer }) => [
+    { of: 'root' as const, generation, stage, atMs: rootNotAfter.getTime() },
+    { of: 'issuer' as const, generation, stage, atMs: issuer.notAfter.getTime() },
+  ])
 }
 
 async function databaseCheck(db: Database): Promise<{ ok: boolean; detail?: string }> {
@@ -410,6 +443,8 @@ export async function openOffline(
   log: Log,
 ): Promise<{
   db: Database
+  /** Makes the authority if there is none yet. */
+  authorities(): Promise<AuthoritySet & { created: boolean }>
   issueOperator(request: OperatorRequest): Promise<OperatorCertificate>
   close(): Promise<void>
 }> {
@@ -419,21 +454,23 @@ export async function openOffline(
   }
   try {
     const { db } = await openState(settings, log, stops)
+    const openMigrated = async () => {
+      await db.migrate()
+      return openAuthorities(authorityOptionsOf(settings, db, systemClock))
+    }
     return {
       db,
       close,
+      async authorities() {
+        const { set, created } = await openMigrated()
+        return { ...set, created }
+      },
       async issueOperator(request) {
-        const { trustDomain, caCertValidityDays, caKeyPassphrase, crlUrl } = settings.identity
-        await db.migrate()
-        const { authority } = await openStoredAuthority({
-          db,
-          trustDomain,
-          validityDays: caCertValidityDays,
-          passphrase: caKeyPassphrase,
-          clock: systemClock,
-        })
-        const issuance = createIssuance({ db, authority, trustDomain, crlUrl, clock: systemClock })
-        return issueOperator({ db, authority, issuance }, request)
+        const { trustDomain, crlUrl } = settings.identity
+        const { set } = await openMigrated()
+        const authorities = { current: () => set }
+        const issuance = createIssuance({ db, authorities, trustDomain, crlUrl, clock: systemClock })
+        return issueOperator({ db, authorities, issuance }, request)
       },
     }
   } catch (error) {

@@ -10,7 +10,7 @@ import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
 import type { AdminServiceServer } from '../gen/edgemesh/v1/admin.ts'
 import { auditEventHandlers } from './audit-events.ts'
-import { type AuthorityState, authorityHandlers } from './authority.ts'
+import { type AuthorityDeps, authorityHandlers } from './authority.ts'
 import { connectionHandlers } from './connections.ts'
 import { decisionHandlers } from './decisions.ts'
 import { deviceHandlers } from './devices.ts'
@@ -25,7 +25,7 @@ export type AdminDeps = {
   clock: Clock
   /** ENROLLMENT_TOKEN_SECRET: what the hashes of tokens are made under. */
   tokenSecret: string
-  authority: AuthorityState
+  authority: AuthorityDeps
   policy: {
     /** Names the policy that decides now. */
     revision(): string

@@ -58,7 +58,8 @@ export function tokenHandlers({
   db: Database
   clock: Clock
   tokenSecret: string
-  authority: { rootKeySha256: string }
+  /** What the text of a token made now has to pin: the root under which the servers' certificates are issued. */
+  authority: { current(): { issuing: { rootKeySha256: string } } }
 }) {
   return {
     async createEnrollmentToken(
@@ -67,7 +68,7 @@ export function tokenHandlers({
     ): Promise<CreateEnrollmentTokenResponse> {
       const asked = check(createRequest, request)
       if (asked.requiresApproval) throw approvalUnsupported()
-      const minted = mintToken({ rootKeySha256: authority.rootKeySha256 })
+      const minted = mintToken({ rootKeySha256: authority.current().issuing.rootKeySha256 })
       const now = clock()
       const token = {
         id: minted.id,

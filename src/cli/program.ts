@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 import { Command } from 'commander'
 import { agentCommand } from './agent.ts'
 import { auditCommand } from './audit.ts'
+import { caCommand } from './ca.ts'
 import { checkCommand } from './check.ts'
 import { connectionCommand } from './connection.ts'
 import { devCommand } from './dev.ts'
@@ -38,7 +39,7 @@ Examples:
   for (const command of [devCommand(), serveCommand(), migrateCommand(), operatorCommand()]) program.addCommand(command)
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
-  for (const command of [connectionCommand(), auditCommand(), checkCommand()]) program.addCommand(command)
+  for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')
   program.addCommand(agentCommand())
 

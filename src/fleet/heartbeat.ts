@@ -10,6 +10,7 @@ import type { Clock } from '../clock.ts'
 import { durationOf } from '../duration.ts'
 import { invalidField } from '../fault.ts'
 import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
+import type { TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import type { MessageStream } from '../message-stream.ts'
 import {
   checkPosture,
@@ -27,6 +28,9 @@ export type HeartbeatDeps = {
   requirements: () => Promise<PostureRequirements>
   deviceStatus: (deviceId: string) => Promise<{ status: string; reason: string }>
   policyRevision: () => string
+  /** Whose certificates are issued now, by key identifier, and the roots that are trusted. */
+  issuerKeyId: () => string
+  trustBundle: () => TrustBundle
   /** @throws Fault RESOURCE_EXHAUSTED when the device reports too often */
   limit: (deviceId: string) => Promise<void>
   intervalMs: number
@@ -41,25 +45,41 @@ export type Heartbeats = {
   serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void>
   /** Asks every device to open its stream elsewhere, spread over `spreadMs` so that they don't arrive at once. */
   askToReconnect(spreadMs: number): void
+  /**
+   * The authorities have changed: every device hears of the roots to trust now, and those whose certificates are another
+   * authority's are asked to renew, spread so that renewals come at a pace that this instance keeps up with.
+   */
+  tellAuthorities(): Promise<void>
 }
 
 const openConnectionIdsMax = 1_024
+/** Renewals that an instance takes on in a second, beside all else: each costs a millisecond or two. */
+const renewalsPerSecond = 50
+/** Streams told of something in one go; between two goes others get their turn. */
+const toldAtOnceMax = 500
+
 /** Share of the interval by which it varies, to either side. */
 const jitterShare = 0.15
+
+type OpenStream = { stream: MessageStream<HeartbeatRequest, HeartbeatResponse>; caller: Identified; told: Told }
+
+/** What a stream has been told, so that it is told once. `renewFor`: the issuer for whom it has been asked to renew. */
+type Told = { revision: string; renewFor: string }
 
 /** What one stream has said so far. */
 type Said = { sequence: number; posture: PostureValues | undefined; ground: string; receivedAtMs: number }
 
 export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
-  const streams = new Set<MessageStream<HeartbeatRequest, HeartbeatResponse>>()
+  const streams = new Set<OpenStream>()
 
   async function serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void> {
     const { caller } = call
     if (caller.kind !== 'device') throw new Error('the method is for devices only')
     const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0 }
-    const told = { revision: deps.policyRevision() }
+    const told: Told = { revision: deps.policyRevision(), renewFor: '' }
+    const open = { stream, caller, told }
     call.audit.target = `device/${caller.id}`
-    streams.add(stream)
+    streams.add(open)
     try {
       await stream.receive(async request => {
         await deps.limit(caller.id)
@@ -79,7 +99,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
         stream.send(await acknowledge(request.sequence, failing, caller, told))
       })
     } finally {
-      streams.delete(stream)
+      streams.delete(open)
     }
   }
 
@@ -111,13 +131,14 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     sequence: number,
     failing: string[],
     caller: Identified,
-    told: { revision: string },
+    told: Told,
   ): Promise<HeartbeatResponse> {
     const directives: Directive[] = []
     const now = deps.clock()
     if (caller.notAfter - now < deps.certValidityMs / 3) {
       directives.push({ kind: { $case: 'renewCertificate', value: { delay: undefined } } })
     }
+    directives.push(...renewalForIssuer(caller, told))
     const revision = deps.policyRevision()
     if (revision !== told.revision) {
       told.revision = revision
@@ -135,18 +156,42 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     }
   }
 
+  /** What a device is asked whose certificate was issued by an authority that is being replaced. */
+  function renewalForIssuer(caller: Identified, told: Told): Directive[] {
+    const issuer = deps.issuerKeyId()
+    if (caller.issuerKeyId === issuer || told.renewFor === issuer) return []
+    told.renewFor = issuer
+    const delay = durationOf((deps.random() * streams.size * 1_000) / renewalsPerSecond)
+    return [{ kind: { $case: 'renewCertificate', value: { delay } } }]
+  }
+
+  /** Directives that do not wait for the next report. They acknowledge nothing. */
+  function push({ stream }: OpenStream, directives: Directive[]): void {
+    stream.send({
+      acknowledgedSequence: 0,
+      nextInterval: undefined,
+      directives,
+      serverTime: new Date(deps.clock()),
+      failingPosture: [],
+    })
+  }
+
   return {
     serve,
     askToReconnect(spreadMs) {
-      for (const stream of streams) {
+      for (const open of streams) {
         const delay = durationOf(deps.random() * spreadMs)
-        stream.send({
-          acknowledgedSequence: 0,
-          nextInterval: undefined,
-          directives: [{ kind: { $case: 'reconnect', value: { delay } } }],
-          serverTime: new Date(deps.clock()),
-          failingPosture: [],
-        })
+        push(open, [{ kind: { $case: 'reconnect', value: { delay } } }])
+      }
+    },
+    async tellAuthorities() {
+      const trustBundle = deps.trustBundle()
+      let told = 0
+      for (const open of [...streams]) {
+        if (++told % toldAtOnceMax === 0) await new Promise(resolve => setImmediate(resolve))
+        if (!streams.has(open)) continue
+        const directives: Directive[] = [{ kind: { $case: 'trustBundle', value: { trustBundle } } }]
+        push(open, [...directives, ...renewalForIssuer(open.caller, open.told)])
       }
     },
   }

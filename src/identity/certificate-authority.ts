@@ -3,11 +3,12 @@
  *
  * `createAuthority` makes one, once in the life of a deployment; what it gives is text, to be kept in the database or
  * in files, its keys sealed under a passphrase. `openAuthority` makes of such text the authority that every instance
- * holds in memory. The root's key is needed again only to replace the intermediate, so no instance opens it.
+ * holds in memory. The root's key is needed again only when authorities change, so no instance keeps it open.
  */
 import { createPrivateKey, generateKeyPair, hash, type KeyObject, X509Certificate } from 'node:crypto'
 import { promisify } from 'node:util'
 import {
+  describeCa,
   type IssuedCertificate,
   type Issuer,
   issueLeaf,
@@ -31,16 +32,25 @@ export type AuthorityMaterial = {
   intermediateKeyPem: string
 }
 
+/** One authority in memory: a root, what issues under it, and the chain between. */
 export type Authority = {
-  /** Every root that is trusted, PEM. After a rotation the old ones are among them until their last leaf has expired. */
-  roots: string[]
-  /** What a server sends below its leaf, PEM. Empty when the issuing CA is itself a root. */
-  intermediates: string[]
-  issuer: Issuer
-  /** SHA-256 of the SubjectPublicKeyInfo of the root above the issuer, lower-case hex: what tokens pin. */
+  /** PEM. */
+  rootPem: string
+  rootNotAfter: Date
+  /** SHA-256 of the root's SubjectPublicKeyInfo, lower-case hex: what tokens pin. */
   rootKeySha256: string
+  /** The issuing CA and what is between it and the root, in that order, PEM. Empty when the root itself issues. */
+  intermediates: string[]
+  /** Certificates for this root by other roots, PEM, for those who trust only the other (see `cross-certificate.ts`). */
+  crosses: string[]
+  issuer: Issuer
+  /** Key identifier of the issuing CA, lower-case hex: what its leaves name as their issuer. */
+  issuerKeyId: string
+  /** @throws Fault UNAVAILABLE AUTHORITY_KEY_MISSING where the key is not on this instance; so does `issueCrl` */
   issueLeaf(template: LeafTemplate): IssuedCertificate
   issueCrl(template: CrlTemplate): Buffer
+  /** Whether `der` is signed by the issuing CA. Nothing is said of dates, purpose or revocation. */
+  hasIssued(der: Uint8Array): boolean
 }
 
 const generateKeyPairAsync = promisify(generateKeyPair)
@@ -80,7 +90,8 @@ export async function createAuthority({
   const rootDer = await issueCa({
     subject: root,
     issuer: { ...root, privateKey: rootKey.privateKey },
-    pathLength: 1,
+    // The issuing CA, and the root of the authority that follows, while it is certified by this one.
+    pathLength: 2,
     trustDomain,
     notBefore,
     notAfter,
@@ -206,55 +217,119 @@ export function openKey(pem: string, passphrase?: string): KeyObject {
 }
 
 /**
- * The authority that the given texts describe, after checking that they belong together.
+ * The authority that the given texts describe, after checking that they belong together: the chain is followed from the
+ * CA that issues to a root that is signed by its own key, and every CA on the way may sign what is below it (RFC 5280
+ * sections 4.2.1.3 and 4.2.1.9). Dates are left to who knows the time.
  *
- * `rootPem` and `intermediatePem` may hold more than one certificate, those of earlier authorities whose leaves are
- * still about. Which is the issuing one is told by its key, which is the root above it by its signature. A root that
- * issues by itself is given as both.
- *
+ * @param texts.intermediatePem the issuing CA, then what is above it; a root that issues by itself is given as both
+ * @param texts.intermediateKeyPem absent where the key is on other instances only
  * @throws Error naming what does not fit
  */
-export function openAuthority({
-  rootPem,
-  intermediatePem,
-  intermediateKeyPem,
-  passphrase,
-}: {
+export function openAuthority(texts: {
   rootPem: string
   intermediatePem: string
-  intermediateKeyPem: string
+  intermediateKeyPem?: string | null | undefined
+  crossPem?: string
   passphrase?: string
 }): Authority {
-  const privateKey = openKey(intermediateKeyPem, passphrase)
-  const roots = readCas('root', rootPem)
-  const intermediates = readCas('intermediate', intermediatePem)
-
-  const issuing = intermediates.find(intermediate => intermediate.checkPrivateKey(privateKey))
-  if (issuing === undefined) throw new Error('the CA key does not belong to the CA certificate')
-  for (const root of roots) {
-    if (!root.verify(root.publicKey)) throw new Error(`the root ${nameOf(root)} is not signed by its own key`)
+  const privateKey = texts.intermediateKeyPem ? openKey(texts.intermediateKeyPem, texts.passphrase) : undefined
+  const given = [...readCas('intermediate', texts.intermediatePem), ...readCas('root', texts.rootPem)]
+  const issuing = given[0]!
+  if (privateKey && !issuing.checkPrivateKey(privateKey)) {
+    throw new Error('the CA key does not belong to the CA certificate')
   }
-  const root = roots.find(candidate => issuing.checkIssued(candidate) && issuing.verify(candidate.publicKey))
-  if (root === undefined) throw new Error(`the CA ${nameOf(issuing)} was not issued by any root that is given`)
+  return authorityOf(chainFrom(issuing, given), privateKey, decodePem('CERTIFICATE', texts.crossPem ?? ''))
+}
 
-  const issuer = openIssuer(issuing.raw, privateKey)
-  return {
-    roots: roots.map(pemOf),
-    intermediates: intermediates.filter(ca => !roots.some(trusted => trusted.raw.equals(ca.raw))).map(pemOf),
-    issuer,
-    rootKeySha256: hash('sha256', root.publicKey.export({ format: 'der', type: 'spki' }), 'hex'),
-    issueLeaf: template => issueLeaf(issuer, template),
-    issueCrl: template => issueCrl(issuer, template),
+/**
+ * The authorities in CA_CERT and CA_KEY: one for each key, its chain found among all the certificates, in any order.
+ *
+ * @throws Error naming what does not fit: a key without a certificate, a chain that does not end in a root, a certificate
+ *   that is part of none
+ */
+export function openAuthorityFiles(files: { certPem: string; keyPem: string; passphrase: string }): Authority[] {
+  const given = readCas('CA_CERT', files.certPem)
+  const keys = files.keyPem.match(/-----BEGIN ((?:[A-Z]+ )*PRIVATE KEY)-----[^-]*-----END \1-----/g) ?? []
+  if (keys.length === 0) throw new Error('CA_KEY holds no private key in PEM')
+  const chains = keys.map(pem => {
+    const privateKey = openKey(pem, files.passphrase)
+    const issuing = given.find(candidate => candidate.checkPrivateKey(privateKey))
+    if (!issuing) throw new Error('CA_KEY holds a key that belongs to no certificate in CA_CERT')
+    return { chain: chainFrom(issuing, given), privateKey }
+  })
+  const idle = given.find(({ raw }) => !chains.some(({ chain }) => chain.some(used => used.raw.equals(raw))))
+  if (idle) throw new Error(`CA_CERT holds ${nameOf(idle)}, which is part of no chain that CA_KEY has a key for`)
+  return chains.map(({ chain, privateKey }) => authorityOf(chain, privateKey, []))
+}
+
+/** From the CA that issues up to and with the root, each link checked. */
+function chainFrom(issuing: X509Certificate, given: readonly X509Certificate[]): X509Certificate[] {
+  const chain = [issuing]
+  for (let below = 0; ; below++) {
+    const ca = chain[below]!
+    checkCa(ca, below)
+    if (ca.checkIssued(ca) && ca.verify(ca.publicKey)) return chain
+    const above = given.find(
+      candidate => !chain.includes(candidate) && ca.checkIssued(candidate) && ca.verify(candidate.publicKey),
+    )
+    if (above === undefined) throw new Error(`the CA ${nameOf(ca)} was not issued by any root that is given`)
+    if (chain.length === chainMax) throw new Error(`the chain of ${nameOf(issuing)} is longer than ${chainMax}`)
+    chain.push(above)
   }
 }
 
-/** OpenSSL's judgement of `ca` includes that the key usage, if stated, allows signing certificates. */
+/** Root, two levels of policy CAs and one that issues are what the largest organisations have. */
+const chainMax = 4
+
+/** @param below how many CAs stand between it and a leaf */
+function checkCa(certificate: X509Certificate, below: number): void {
+  const { isCa, pathLength, signsCertificates, signsLists, keyId } = describeCa(certificate.raw)
+  const name = nameOf(certificate)
+  if (!isCa) throw new Error(`the certificate ${name} is not that of a CA`)
+  if (!signsCertificates) throw new Error(`the key usage of the CA ${name} does not let it sign certificates`)
+  if (below === 0 && !signsLists)
+    throw new Error(`the key usage of the CA ${name} does not let it sign revocation lists`)
+  if (pathLength !== undefined && pathLength < below) {
+    throw new Error(`the CA ${name} allows ${pathLength} CAs below it, and there are ${below}`)
+  }
+  if (keyId === '') throw new Error(`the CA ${name} has no subject key identifier (RFC 5280 section 4.2.1.2)`)
+  const { modulusLength } = certificate.publicKey.asymmetricKeyDetails ?? {}
+  if (modulusLength !== undefined && modulusLength < rsaBitsMin) {
+    throw new Error(`the RSA key of the CA ${name} has ${modulusLength} bits, want at least ${rsaBitsMin}`)
+  }
+}
+
+const rsaBitsMin = 2048
+
+function authorityOf(chain: X509Certificate[], privateKey: KeyObject | undefined, crosses: Buffer[]): Authority {
+  const root = chain.at(-1)!
+  const issuer = openIssuer(chain[0]!.raw, privateKey)
+  return {
+    rootPem: pemOf(root),
+    rootNotAfter: root.validToDate,
+    rootKeySha256: hash('sha256', root.publicKey.export({ format: 'der', type: 'spki' }), 'hex'),
+    intermediates: chain.slice(0, -1).map(pemOf),
+    crosses: crosses.map(der => encodePem('CERTIFICATE', der)),
+    issuer,
+    issuerKeyId: issuer.keyId.toString('hex'),
+    issueLeaf: template => issueLeaf(issuer, template),
+    issueCrl: template => issueCrl(issuer, template),
+    hasIssued: der => isIssuedBy(der, chain[0]!),
+  }
+}
+
+function isIssuedBy(der: Uint8Array, ca: X509Certificate): boolean {
+  try {
+    const certificate = new X509Certificate(der)
+    return certificate.checkIssued(ca) && certificate.verify(ca.publicKey)
+  } catch {
+    return false
+  }
+}
+
 function readCas(what: string, pem: string): X509Certificate[] {
   const certificates = decodePem('CERTIFICATE', pem).map(der => readX509(what, der))
   if (certificates.length === 0) throw new Error(`no ${what} certificate found, want PEM`)
-  for (const certificate of certificates) {
-    if (!certificate.ca) throw new Error(`the ${what} certificate ${nameOf(certificate)} is not that of a CA`)
-  }
   return certificates
 }
 

@@ -8,6 +8,7 @@
  */
 import { createPublicKey, hash, type KeyObject, randomBytes, sign, X509Certificate } from 'node:crypto'
 import { isIPv4, isIPv6 } from 'node:net'
+import { Fault } from '../fault.ts'
 import {
   bitString,
   boolean,
@@ -34,8 +35,8 @@ import { isSafeId, parseSpiffeId, type SpiffeId } from './spiffe-id.ts'
 /** An issuing CA held in memory, with what every certificate and list of it repeats already encoded. */
 export type Issuer = {
   certificateDer: Buffer
-  certificatePem: string
-  privateKey: KeyObject
+  /** Absent where only another instance has it: then nothing can be issued here. */
+  privateKey: KeyObject | undefined
   publicKey: KeyObject
   /** The subject key identifier, which what it issues names as authority key identifier. */
   keyId: Buffer
@@ -99,6 +100,8 @@ export type CertificateDescription = {
   /** The operator's role; `undefined` when there is none, or more than one. */
   organizationalUnit: string | undefined
   commonName: string | undefined
+  /** Key identifier of the authority that issued it, lower-case hex; empty where the certificate does not say. */
+  issuerKeyId: string
   /** False also when the certificate does not say what it is for. */
   hasClientAuth: boolean
 }
@@ -127,6 +130,9 @@ const commonNameCharactersMax = 64
 
 const serialBytes = 16
 
+/** By then a balancer may have found an instance that has been given the key. */
+const keyMissingRetryMs = 5_000
+
 /** By the type of the issuer's key. Our own authorities are P-256; one from a file may be any of these. */
 const issuerSignatures: Record<string, SignatureAlgorithm> = {
   prime256v1: { algorithm: sequence(oid('1.2.840.10045.4.3.2')), digest: 'sha256' },
@@ -154,14 +160,15 @@ export function newSerial(): string {
   return serial.toString('hex')
 }
 
-/** The issuer of a CA certificate and its private key. @throws Error when the two can't issue anything */
-export function openIssuer(certificateDer: Uint8Array, privateKey: KeyObject): Issuer {
+/** The issuer of a CA certificate and its private key, if that is here. @throws Error when it can't issue anything */
+export function openIssuer(certificateDer: Uint8Array, privateKey: KeyObject | undefined): Issuer {
   const certificate = readCertificate(certificateDer)
+  const publicKey = createPublicKey({ key: certificate.spki.der, format: 'der', type: 'spki' })
   const keyId = certificate.extensions.get(oids.subjectKeyIdentifier)
   if (keyId === undefined)
     throw new Error('the CA certificate has no subject key identifier (RFC 5280 section 4.2.1.2)')
   const keyIdBytes = decodeDer(keyId.value).contents
-  const { asymmetricKeyType = '', asymmetricKeyDetails } = privateKey
+  const { asymmetricKeyType = '', asymmetricKeyDetails } = publicKey
   const keyKind = asymmetricKeyType === 'ec' ? (asymmetricKeyDetails?.namedCurve ?? '') : asymmetricKeyType
   const signature = issuerSignatures[keyKind]
   if (signature === undefined) {
@@ -169,9 +176,8 @@ export function openIssuer(certificateDer: Uint8Array, privateKey: KeyObject): I
   }
   return {
     certificateDer: certificate.der,
-    certificatePem: encodePem('CERTIFICATE', certificate.der),
     privateKey,
-    publicKey: createPublicKey(privateKey),
+    publicKey,
     keyId: keyIdBytes,
     subject: certificate.subject.der,
     notBefore: certificate.notBefore,
@@ -229,6 +235,10 @@ export function signed(
   { signature, privateKey }: Pick<Issuer, 'signature' | 'privateKey'>,
   toBeSigned: Buffer,
 ): Buffer {
+  if (privateKey === undefined) {
+    const message = 'the key of the certificate authority that issues is not on this instance; try another'
+    throw new Fault('UNAVAILABLE', 'AUTHORITY_KEY_MISSING', message, { retryAfterMs: keyMissingRetryMs })
+  }
   return sequence(toBeSigned, signature.algorithm, bitString(sign(signature.digest, toBeSigned, privateKey)))
 }
 
@@ -406,8 +416,58 @@ export function describeCertificate(der: Uint8Array): CertificateDescription {
     publicKeySha256: hash('sha256', certificate.spki.der, 'hex'),
     organizationalUnit: soleAttribute(certificate.subject, oids.organizationalUnit),
     commonName: soleAttribute(certificate.subject, oids.commonName),
+    issuerKeyId: issuerKeyIdOf(certificate),
     hasClientAuth: extendedKeyUsage(certificate).includes(oids.clientAuth),
   }
+}
+
+/** What a CA certificate says of what it may do (RFC 5280 sections 4.2.1.9 and 4.2.1.3). */
+export type CaDescription = {
+  isCa: boolean
+  /** How many CAs may stand between it and a leaf; `undefined`: any number. */
+  pathLength: number | undefined
+  /** False also when the key usage is not stated, which section 4.2.1.3 forbids for a CA. */
+  signsCertificates: boolean
+  signsLists: boolean
+  /** DER Name. */
+  subject: Buffer
+  /** DER SubjectPublicKeyInfo. */
+  spki: Buffer
+  /** Lower-case hex; empty where there is none. */
+  keyId: string
+  notBefore: Date
+  notAfter: Date
+}
+
+/** @throws DerError when it is not a certificate */
+export function describeCa(der: Uint8Array): CaDescription {
+  const { extensions, subject, spki, notBefore, notAfter } = readCertificate(der)
+  const inside = (id: string) => {
+    const value = extensions.get(id)?.value
+    return value && decodeDer(value)
+  }
+  const constraints = inside(oids.basicConstraints)?.children ?? []
+  const pathLength = constraints.find(({ tag }) => tag === tags.integer)?.contents
+  // The first byte counts unused bits; keyCertSign is bit 5 and cRLSign bit 6 of what follows.
+  const usage = inside(oids.keyUsage)?.contents[1] ?? 0
+  return {
+    isCa: constraints.some(({ tag, contents }) => tag === tags.boolean && contents[0] === 0xff),
+    pathLength: pathLength && Number.parseInt(pathLength.toString('hex'), 16),
+    signsCertificates: (usage & 0x04) !== 0,
+    signsLists: (usage & 0x02) !== 0,
+    subject: subject.der,
+    spki: spki.der,
+    keyId: inside(oids.subjectKeyIdentifier)?.contents.toString('hex') ?? '',
+    notBefore,
+    notAfter,
+  }
+}
+
+/** RFC 5280 section 4.2.1.1: keyIdentifier is [0]. */
+function issuerKeyIdOf({ extensions }: ParsedCertificate): string {
+  const value = extensions.get(oids.authorityKeyIdentifier)?.value
+  const keyId = value && decodeDer(value).children.find(({ tag }) => tag === 0x80)
+  return keyId ? keyId.contents.toString('hex') : ''
 }
 
 type ParsedCertificate = {

@@ -59,8 +59,9 @@ function revokedEntry({ serialHex, revokedAt, reason = 'unspecified' }: RevokedC
     throw new RangeError(`not a serial number: ${JSON.stringify(serialHex)}`)
   const entry = [integer(Buffer.from(serialHex, 'hex')), time(revokedAt)]
   // RFC 5280 section 5.3.1: a reason that says nothing is left out.
-  if (reason !== 'unspecified') {
-    entry.push(sequence(extension(reasonCodeOid, { critical: false }, enumerated(reasonCodes[reason]))))
+  const code = reasonCodes[reason] ?? reasonCodes.unspecified
+  if (code !== reasonCodes.unspecified) {
+    entry.push(sequence(extension(reasonCodeOid, { critical: false }, enumerated(code))))
   }
   return sequence(...entry)
 }

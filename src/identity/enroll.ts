@@ -14,11 +14,10 @@ import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
 import { Fault, type FieldViolation } from '../fault.ts'
 import type { EnrollRequest, EnrollResponse, Identity } from '../gen/edgemesh/v1/enroll.ts'
 import { type DeviceDescription, DeviceType } from '../gen/edgemesh/v1/types.ts'
-import type { IssuedCertificate } from './certificates.ts'
 import type { Challenges } from './challenge.ts'
 import { type CheckedCsr, checkCsr } from './csr.ts'
 import { EnrollmentToken, TokenRedemption } from './entities.ts'
-import { csrReplayed, type Issuance, type Reservation, renewAfter } from './issuance.ts'
+import { csrReplayed, type Issuance, type Reservation, type SignedCertificate } from './issuance.ts'
 import { formatSpiffeId, isSafeId } from './spiffe-id.ts'
 import { parseToken, secretMatches } from './tokens.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
@@ -29,7 +28,6 @@ export type EnrollDeps = {
   trustBundle: TrustBundleSource
   challenges: Challenges
   trustDomain: string
-  intermediatesPem: string[]
   /** ENROLLMENT_TOKEN_SECRET. */
   tokenSecret: string
   certValidityMs: number
@@ -64,17 +62,17 @@ export function createEnroll(deps: EnrollDeps) {
 
 /** What a device receives when a certificate was issued to it. */
 export async function identityOf(
-  deps: Pick<EnrollDeps, 'trustBundle' | 'trustDomain' | 'intermediatesPem'>,
+  deps: Pick<EnrollDeps, 'trustBundle' | 'trustDomain'>,
   deviceId: string,
-  certificate: IssuedCertificate,
+  certificate: SignedCertificate,
 ): Promise<Identity> {
   return {
     deviceId,
     spiffeId: formatSpiffeId({ trustDomain: deps.trustDomain, kind: 'device', id: deviceId }),
-    certificateChainPem: [certificate.pem, ...deps.intermediatesPem],
+    certificateChainPem: certificate.chainPem,
     trustBundle: await deps.trustBundle.current(),
     notAfter: certificate.notAfter,
-    renewAfter: renewAfter(certificate),
+    renewAfter: certificate.renewAfter,
   }
 }
 

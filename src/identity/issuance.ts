@@ -7,7 +7,7 @@ import { UniqueConstraintViolationException } from '@mikro-orm/core'
 import type { Clock } from '../clock.ts'
 import type { Database, EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
-import type { Authority } from './certificate-authority.ts'
+import type { AuthoritySet, Generation } from './authorities.ts'
 import { type IssuedCertificate, newSerial } from './certificates.ts'
 import type { CheckedCsr } from './csr.ts'
 import { Certificate } from './entities.ts'
@@ -20,7 +20,14 @@ export type Issuance = {
   /** Reserves a serial in the transaction of `em`. A request that was used before makes it fail: see `csrReplayed`. */
   reserve(em: EntityManager, subject: Subject, key: CheckedCsr, validityMs: number): Reservation
   /** Signs what has been reserved, once that transaction has committed. */
-  sign(reservation: Reservation): Promise<IssuedCertificate>
+  sign(reservation: Reservation): Promise<SignedCertificate>
+}
+
+export type SignedCertificate = IssuedCertificate & {
+  /** What its holder shows: the leaf, then what leads to the root, PEM. */
+  chainPem: string[]
+  /** When to renew. */
+  renewAfter: Date
 }
 
 export type Subject = {
@@ -32,26 +39,40 @@ export type Subject = {
   server?: { dnsNames: string[]; ipAddresses: string[] }
 }
 
-export type Reservation = { subject: Subject; key: CheckedCsr; serial: string; notBefore: Date; notAfter: Date }
+export type Reservation = {
+  subject: Subject
+  key: CheckedCsr
+  serial: string
+  notBefore: Date
+  notAfter: Date
+  /** Who will sign: the one that issued when the serial was reserved, whatever has changed since. */
+  authority: Generation
+}
 
 export function createIssuance(options: {
   db: Database
-  authority: Authority
+  authorities: { current(): AuthoritySet }
   trustDomain: string
   crlUrl: string | undefined
   clock: Clock
+  /** 0 to 1, exclusive. */
+  random?: () => number
 }): Issuance {
-  const { db, authority, trustDomain, crlUrl, clock } = options
+  const { db, authorities, trustDomain, crlUrl, clock, random = Math.random } = options
   return {
     reserve(em, subject, key, validityMs) {
       const now = clock()
+      const authority = authorities.current().issuing
       const reservation = {
+        authority,
         subject,
         key,
         serial: newSerial(),
         notBefore: new Date(now - backdateMs),
-        // A leaf never outlives its issuer.
-        notAfter: new Date(Math.min(now + validityMs, authority.issuer.notAfter.getTime())),
+        // A leaf never outlives its issuer, nor the root above it.
+        notAfter: new Date(
+          Math.min(now + validityMs, authority.issuer.notAfter.getTime(), authority.rootNotAfter.getTime()),
+        ),
       }
       em.persist(
         em.create(Certificate, {
@@ -60,6 +81,7 @@ export function createIssuance(options: {
           subjectId: subject.id,
           publicKeySha256: key.publicKeySha256,
           csrSha256: key.sha256 || null,
+          issuerKeyId: authority.issuerKeyId,
           notBefore: reservation.notBefore,
           notAfter: reservation.notAfter,
           createdAt: new Date(now),
@@ -67,7 +89,7 @@ export function createIssuance(options: {
       )
       return reservation
     },
-    async sign({ subject, key, serial, notBefore, notAfter }) {
+    async sign({ subject, key, serial, notBefore, notAfter, authority }) {
       const certificate = authority.issueLeaf({
         serial: Buffer.from(serial, 'hex'),
         spki: key.spki,
@@ -79,13 +101,17 @@ export function createIssuance(options: {
         notAfter,
         dnsNames: subject.server?.dnsNames,
         ipAddresses: subject.server?.ipAddresses,
-        crlUrl,
+        crlUrl: crlUrl && `${crlUrl.replace(/\/$/, '')}/${authority.issuerKeyId}.crl`,
       })
       await db.pool.query('update certificates set fingerprint_sha256 = $2 where serial = $1', [
         serial,
         certificate.fingerprintSha256,
       ])
-      return certificate
+      return {
+        ...certificate,
+        chainPem: [certificate.pem, ...authority.intermediates, ...authority.crosses],
+        renewAfter: renewAfter(certificate, random),
+      }
     },
   }
 }
@@ -101,8 +127,15 @@ export function csrReplayed(error: unknown): unknown {
   return new Fault('FAILED_PRECONDITION', 'CSR_REPLAYED', message, { cause: error })
 }
 
-/** When to renew: two thirds into the life of the certificate, which begins when it is issued, not when it is dated. */
-export function renewAfter({ notBefore, notAfter }: { notBefore: Date; notAfter: Date }): Date {
+/**
+ * When to renew: around two thirds into the life of the certificate, which begins when it is issued, not when it is dated.
+ * Spread over a tenth of that life, so that those who enrolled together do not come back together.
+ */
+function renewAfter({ notBefore, notAfter }: { notBefore: Date; notAfter: Date }, random: () => number): Date {
   const issuedAt = notBefore.getTime() + backdateMs
-  return new Date(issuedAt + ((notAfter.getTime() - issuedAt) * 2) / 3)
+  const share = 2 / 3 + renewalSpread * (random() - 0.5)
+  return new Date(issuedAt + (notAfter.getTime() - issuedAt) * share)
 }
+
+/** Share of a certificate's life over which renewals are spread. */
+const renewalSpread = 0.1

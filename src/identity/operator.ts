@@ -4,14 +4,14 @@
  */
 import type { Database } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
-import type { Authority } from './certificate-authority.ts'
+import type { AuthoritySet } from './authorities.ts'
 import { checkCsr } from './csr.ts'
 import type { Issuance } from './issuance.ts'
 import { isSafeId } from './spiffe-id.ts'
 
 /** @returns the certificate and what is above it, PEM, and the roots to trust */
 export async function issueOperator(
-  deps: { db: Database; authority: Authority; issuance: Issuance },
+  deps: { db: Database; authorities: { current(): AuthoritySet }; issuance: Issuance },
   operator: { name: string; role: string; csr: Uint8Array; validityMs: number },
 ): Promise<{ certificatePem: string; rootsPem: string; notAfter: Date }> {
   for (const field of ['name', 'role'] as const) {
@@ -28,8 +28,11 @@ export async function issueOperator(
     .transactional(async em => deps.issuance.reserve(em, subject, key, operator.validityMs))
   const certificate = await deps.issuance.sign(reservation)
   return {
-    certificatePem: [certificate.pem, ...deps.authority.intermediates].join(''),
-    rootsPem: deps.authority.roots.join(''),
+    certificatePem: certificate.chainPem.join(''),
+    rootsPem: deps.authorities
+      .current()
+      .trusted.map(({ rootPem }) => rootPem)
+      .join(''),
     notAfter: certificate.notAfter,
   }
 }

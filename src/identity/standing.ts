@@ -1,5 +1,5 @@
 /**
- * Whether a certificate still stands: neither it nor its device has been revoked.
+ * Whether a certificate still stands: neither it nor its device has been revoked, and its issuer is trusted.
  *
  * Asked with every call, so kept in memory for as long as the change feed vouches for it.
  */
@@ -24,8 +24,13 @@ type Holder = {
   certificates: Map<string, string | undefined>
 }
 
-export function createStanding(options: { pool: pg.Pool; feed: ChangeFeed }): Standing {
-  const { pool, feed } = options
+export function createStanding(options: {
+  pool: pg.Pool
+  feed: ChangeFeed
+  /** Whether an authority's certificates count, by its key identifier. */
+  isTrusted: (issuerKeyId: string) => boolean
+}): Standing {
+  const { pool, feed, isTrusted } = options
   const kinds = ['device', 'operator', 'service'] as const
   const holders = Object.fromEntries(
     kinds.map(kind => [kind, keepFacts<Holder>({ feed, kind, max: holdersMax, load: id => load(kind, id) })]),
@@ -52,8 +57,9 @@ export function createStanding(options: { pool: pg.Pool; feed: ChangeFeed }): St
   }
 
   return {
-    async demand({ kind, id, serial }) {
+    async demand({ kind, id, serial, issuerKeyId }) {
       if (!feed.isLive()) await feed.caughtUp()
+      if (!isTrusted(issuerKeyId)) throw certificateRetired()
       const kept = holders[kind] as NonNullable<(typeof holders)[string]>
       let { value: holder } = await kept.get(id)
       if (!holder.certificates.has(serial)) {
@@ -72,6 +78,11 @@ export function createStanding(options: { pool: pg.Pool; feed: ChangeFeed }): St
       }
     },
   }
+}
+
+function certificateRetired(): Fault {
+  const message = 'the authority that issued the client certificate is trusted no more: enroll again'
+  return new Fault('UNAUTHENTICATED', 'CERTIFICATE_RETIRED', message)
 }
 
 export function deviceRevoked(id: string): Fault {

@@ -1,12 +1,21 @@
-/** What devices trust: roots, intermediates and the revocation list, which is signed anew when something was revoked. */
+/** What devices trust: roots, intermediates and the revocation lists, which are signed anew when something was revoked. */
 import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
 import type { TrustBundle } from '../gen/edgemesh/v1/types.ts'
-import type { Authority } from './certificate-authority.ts'
+import type { AuthoritySet, Generation } from './authorities.ts'
+import type { RevocationReason } from './crl.ts'
 
 export type TrustBundleSource = {
   current(): Promise<TrustBundle>
-  /** Certificates have been revoked: the next bundle carries a new list. */
+  /** The same without its revocation lists, which with many revocations are megabytes: to be pushed to a whole fleet. */
+  roots(): TrustBundle
+  /**
+   * The revocation list of one authority that is trusted, in DER.
+   *
+   * @param issuerKeyId lower-case hex; absent: the one that issues now
+   */
+  revocationList(issuerKeyId?: string): Promise<Buffer | undefined>
+  /** Certificates have been revoked: the next lists are new. */
   invalidate(): void
 }
 
@@ -16,51 +25,74 @@ const listReusedMs = 3_600_000
 
 export function createTrustBundleSource(options: {
   db: Database
-  authority: Authority
+  authorities: { current(): AuthoritySet }
   trustDomain: string
   clock: Clock
 }): TrustBundleSource {
-  const { db, authority, trustDomain, clock } = options
-  let list: { der: Promise<Buffer>; until: number } | undefined
+  const { db, authorities, trustDomain, clock } = options
+  /** By the key identifier of their issuer; two during a rotation. */
+  const lists = new Map<string, { der: Promise<Buffer>; until: number }>()
 
-  async function signList(now: number): Promise<Buffer> {
-    // As a number: MikroORM has the pool hand out timestamps as text.
-    const { rows } = await db.pool.query<{ serial: string; revokedAtMs: number }>(
-      `select serial, (extract(epoch from revoked_at) * 1000)::float8 as "revokedAtMs" from certificates
-       where revoked_at is not null and not_after > $1`,
-      [new Date(now)],
+  async function signList(authority: Generation, now: number): Promise<Buffer> {
+    // As a number: MikroORM has the pool hand out timestamps as text. Certificates from before there were several
+    // authorities name none; they are the first one's.
+    const { rows } = await db.pool.query<{ serial: string; revokedAtMs: number; reason: RevocationReason | null }>(
+      `select serial, (extract(epoch from revoked_at) * 1000)::float8 as "revokedAtMs", revocation_reason as reason
+       from certificates
+       where revoked_at is not null and not_after > $1 and (issuer_key_id = $2 or (issuer_key_id is null and $3))`,
+      [new Date(now), authority.issuerKeyId, authority.generation === 1],
     )
     return authority.issueCrl({
       // The clock numbers the lists: it grows on all instances alike.
       number: now,
       thisUpdate: new Date(now),
       nextUpdate: new Date(now + listValidMs),
-      revoked: rows.map(row => ({ serialHex: row.serial, revokedAt: new Date(row.revokedAtMs) })),
+      revoked: rows.map(({ serial, revokedAtMs, reason }) => ({
+        serialHex: serial,
+        revokedAt: new Date(revokedAtMs),
+        ...(reason && { reason }),
+      })),
     })
   }
 
+  function listOf(authority: Generation): Promise<Buffer> {
+    const now = clock()
+    const kept = lists.get(authority.issuerKeyId)
+    if (kept && kept.until > now) return kept.der
+    const fresh = { der: signList(authority, now), until: now + listReusedMs }
+    lists.set(authority.issuerKeyId, fresh)
+    fresh.der.catch(() => {
+      if (lists.get(authority.issuerKeyId) === fresh) lists.delete(authority.issuerKeyId)
+    })
+    return fresh.der
+  }
+
+  function roots(): TrustBundle {
+    const { trusted, bundleId } = authorities.current()
+    return {
+      rootsPem: trusted.map(({ rootPem }) => rootPem),
+      intermediatesPem: trusted.flatMap(({ intermediates, crosses }) => [...intermediates, ...crosses]),
+      crlDer: Buffer.alloc(0),
+      crlsDer: [],
+      trustDomain,
+      id: bundleId,
+    }
+  }
+
   return {
+    roots,
     async current() {
-      const now = clock()
-      if (!list || list.until <= now) {
-        const der = signList(now)
-        const fresh = { der, until: now + listReusedMs }
-        list = fresh
-        der.catch(() => {
-          if (list === fresh) list = undefined
-        })
-      }
-      return {
-        rootsPem: authority.roots,
-        intermediatesPem: authority.intermediates,
-        crlDer: await list.der,
-        crlsDer: [await list.der],
-        trustDomain,
-        id: '',
-      }
+      const bundle = roots()
+      // Who lacks the key of the other party of a rotation can't sign its list; those who have it hand it out.
+      const able = authorities.current().trusted.filter(({ issuer }) => issuer.privateKey !== undefined)
+      const crlsDer = await Promise.all(able.map(listOf))
+      return { ...bundle, crlsDer, crlDer: crlsDer[0]! }
     },
-    invalidate() {
-      list = undefined
+    async revocationList(issuerKeyId) {
+      const { trusted, issuing } = authorities.current()
+      const authority = issuerKeyId === undefined ? issuing : trusted.find(one => one.issuerKeyId === issuerKeyId)
+      return authority && listOf(authority)
     },
+    invalidate: () => lists.clear(),
   }
 }

@@ -22,6 +22,8 @@ export function enforceStanding(options: {
   feed: ChangeFeed
   standing: Standing
   dispatch: Dispatch
+  /** Tells when other authorities are trusted than before. */
+  onTrustChange: (listener: () => void) => void
   clock: Clock
   log: Log
 }): () => void {
@@ -47,6 +49,7 @@ export function enforceStanding(options: {
     if (concerns.size > 0) recheck(concerns)
   })
   feed.onReset(() => recheck())
+  options.onTrustChange(() => recheck())
   const expiring = setInterval(() => {
     const now = clock()
     dispatch.cut(caller => caller.notAfter <= now, certificateExpired())

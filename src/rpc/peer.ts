@@ -83,6 +83,7 @@ function readIdentity(socket: TLSSocket, trustDomain: string): Identified | Peer
     kind: spiffeId.kind,
     id: spiffeId.id,
     spiffeId: `spiffe://${trustDomain}/${spiffeId.kind}/${spiffeId.id}`,
+    issuerKeyId: described.issuerKeyId,
     serial: described.serialHex,
     notAfter: described.notAfter.getTime(),
     role: spiffeId.kind === 'operator' ? (described.organizationalUnit ?? '') : '',

@@ -3,6 +3,8 @@
  *
  *     GET /metrics   what Prometheus scrapes
  *     GET /healthz   200 as long as the process answers; when it doesn't, restart it
+ *     GET /crl       the revocation list (RFC 5280 section 5) of the authority that issues, DER; /crl/<key id>.crl that of
+ *                    the authority with that key identifier: what certificates carry as distribution point
  *     GET /readyz    200 when calls can be served, 503 when not; a JSON document says which check failed
  *
  * It reads no request body, and gives slow or silent clients little time.
@@ -22,6 +24,8 @@ export type TelemetryHttpOptions = {
   /** Answers a scrape. */
   metrics: (request: IncomingMessage, response: ServerResponse) => void
   ready: () => Promise<Readiness>
+  /** The revocation list of an issuer, DER, by its key identifier; without one that of the issuer of today. */
+  revocationList: (issuerKeyId: string | undefined) => Promise<Buffer | undefined>
   log: Log
 }
 
@@ -57,12 +61,15 @@ export async function startTelemetryHttp(options: TelemetryHttpOptions): Promise
   server.on('error', err => log.error({ err }, 'telemetry port failed'))
 
   function answer(request: IncomingMessage, response: ServerResponse): void {
-    const path = request.url?.split('?')[0]
-    if (path !== '/metrics' && path !== '/healthz' && path !== '/readyz') {
+    const path = request.url?.split('?')[0] ?? ''
+    const list = /^\/crl(?:\/([0-9a-f]{2,64})\.crl)?$/.exec(path)
+    if (path !== '/metrics' && path !== '/healthz' && path !== '/readyz' && !list) {
       say(response, 404, 'not found\n')
     } else if (request.method !== 'GET' && request.method !== 'HEAD') {
       response.setHeader('allow', 'GET, HEAD')
       say(response, 405, 'method not allowed\n')
+    } else if (list) {
+      void sayRevocationList(response, list[1], options)
     } else if (path === '/healthz') {
       say(response, 200, 'ok\n')
     } else if (path === '/readyz') {
@@ -96,6 +103,24 @@ async function sayReadiness(response: ServerResponse, { ready, log }: TelemetryH
   response.setHeader('content-type', 'application/json')
   response.setHeader('cache-control', 'no-store')
   response.writeHead(readiness.ready ? 200 : 503).end(`${JSON.stringify(readiness)}\n`)
+}
+
+async function sayRevocationList(
+  response: ServerResponse,
+  issuerKeyId: string | undefined,
+  { revocationList, log }: TelemetryHttpOptions,
+): Promise<void> {
+  try {
+    const der = await revocationList(issuerKeyId)
+    if (!der) return say(response, 404, 'no such authority is trusted\n')
+    // RFC 2585 section 3. Whoever asks wants to know what is revoked now.
+    response.setHeader('content-type', 'application/pkix-crl')
+    response.setHeader('cache-control', 'no-cache')
+    response.writeHead(200).end(der)
+  } catch (err) {
+    log.warn({ err }, 'the revocation list can not be signed now')
+    say(response, 503, 'the revocation list can not be had now\n')
+  }
 }
 
 const TOO_LATE: Readiness = {

@@ -51,7 +51,13 @@ export type MetricSources = {
   decisionCache: () => { entries: number; hits: number; misses: number }
   /** How far the change feed is behind. */
   feedLagSeconds: () => number
+  /** Ends of the lives of authorities and of the server's certificate, ms since epoch, with what they are the ends of. */
+  expiries: () => readonly Expiry[]
 }
+
+export type Expiry =
+  | { of: 'root' | 'issuer'; generation: number; stage: string; atMs: number }
+  | { of: 'server'; atMs: number }
 
 /** A label set beyond these counts under `other`: what callers can name must not grow without end. */
 const SERIES_MAX = 1_000
@@ -169,8 +175,8 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 }
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
-  const { devicesByStatus, unhealthyDevices, connectionsActive, streamsOpen, pool, decisionCache, feedLagSeconds } =
-    sources
+  const { devicesByStatus, unhealthyDevices, connectionsActive, streamsOpen } = sources
+  const { pool, decisionCache, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
     meter.createObservableGauge(name, { description }).addCallback(read)
@@ -205,11 +211,34 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
       result.observe(decisionCache().misses),
     )
   }
+  if (expiries) watchExpiries(meter, expiries)
   if (feedLagSeconds) {
     gauge('edgemesh_change_feed_lag_seconds', 'Age of the oldest change not seen yet', result =>
       result.observe(feedLagSeconds()),
     )
   }
+}
+
+/** What has gone is not observed any more, and neither shown: an authority that was forgotten raises no alarm. */
+function watchExpiries(meter: Meter, read: () => readonly Expiry[]): void {
+  meter
+    .createObservableGauge('edgemesh_ca_expiry_timestamp_seconds', {
+      description: 'When the certificate of an authority expires, Unix time',
+    })
+    .addCallback(result => {
+      for (const expiry of read()) {
+        if (expiry.of === 'server') continue
+        const { of: ca, generation, stage, atMs } = expiry
+        result.observe(atMs / 1_000, { ca, generation: String(generation), stage })
+      }
+    })
+  meter
+    .createObservableGauge('edgemesh_server_certificate_expiry_timestamp_seconds', {
+      description: "When this instance's own certificate expires, Unix time",
+    })
+    .addCallback(result => {
+      for (const { of, atMs } of read()) if (of === 'server') result.observe(atMs / 1_000)
+    })
 }
 
 function each(label: string, read: () => ReadonlyMap<string, number>): (result: ObservableResult) => void {

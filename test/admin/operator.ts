@@ -4,13 +4,31 @@ import { type AdminDeps, adminHandlers } from '../../src/admin/admin-service.ts'
 import { AuditEvent } from '../../src/audit/entities.ts'
 import type { Call } from '../../src/caller.ts'
 import { Fault, type FaultCode } from '../../src/fault.ts'
+import { authoritySet, type Generation } from '../../src/identity/authorities.ts'
+import { createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 export const start = Date.parse('2026-03-02T10:00:00Z')
 export const tokenSecret = 'a secret of tests that is long enough'
 
-const authority: AdminDeps['authority'] = {
-  rootKeySha256: 'ab'.repeat(32),
+const material = await createAuthority({
+  trustDomain: 'test',
+  validityDays: 3_650,
+  now: new Date(start),
+  passphrase: 'a passphrase of the tests',
+})
+const issuing: Generation = {
+  ...openAuthority({ ...material, passphrase: 'a passphrase of the tests' }),
+  generation: 1,
+  stage: 'issuing',
+  keyInFile: false,
+  createdAt: new Date(start),
+}
+
+export const authority: AdminDeps['authority'] = {
+  trustDomain: 'test',
+  current: () => authoritySet([issuing]),
+  rotation: { to: () => Promise.reject(new Error('no test of these rotates')) },
   trustBundle: async () => ({
     rootsPem: ['root'],
     intermediatesPem: ['intermediate'],
@@ -19,8 +37,6 @@ const authority: AdminDeps['authority'] = {
     id: '',
     trustDomain: 'test',
   }),
-  rootNotAfter: new Date('2036-01-01T00:00:00Z'),
-  intermediateNotAfter: new Date('2031-01-01T00:00:00Z'),
 }
 
 export async function operator(t: ExecutionContext<unknown>) {
@@ -67,6 +83,7 @@ export function newCall(): Call {
       kind: 'operator',
       id: 'root',
       spiffeId: 'spiffe://test/operator/root',
+      issuerKeyId: issuing.issuerKeyId,
       serial: '0'.repeat(32),
       notAfter: start + 86_400_000,
       role: 'admin',

@@ -23,7 +23,7 @@ const authority = await smallAuthority()
 const other = await smallAuthority()
 
 const bundleOf = (...authorities: Authority[]) => ({
-  rootsPem: authorities.flatMap(({ roots }) => roots),
+  rootsPem: authorities.map(({ rootPem }) => rootPem),
   intermediatesPem: authority.intermediates,
   crlDer: Buffer.from('a list'),
   crlsDer: [],
@@ -72,7 +72,7 @@ test('of what an unknown server says, only the pinned root is believed', async t
   const server = await serve(t, authority, [enrollService({ roots: [other, authority] }).service])
   const bundle = await pinnedTrustBundle({ server, rootKeySha256: authority.rootKeySha256 })
   t.deepEqual(bundle, {
-    rootsPem: authority.roots,
+    rootsPem: [authority.rootPem],
     intermediatesPem: [],
     crlDer: Buffer.alloc(0),
     crlsDer: [],
@@ -108,7 +108,7 @@ test('a device is told that an operator has to approve it, and then has its iden
   t.deepEqual(pending, ['alpha'])
   t.deepEqual(tokens, [token])
   t.like(credentials, { deviceId: 'alpha', spiffeId: 'spiffe://edgemesh.test/device/alpha' })
-  t.is(credentials.rootsPem, authority.roots.join(''))
+  t.is(credentials.rootsPem, authority.rootPem)
 })
 
 test('a certificate that does not lead to a trusted root is not taken', async t => {

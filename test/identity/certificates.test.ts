@@ -77,7 +77,7 @@ async function withFiles<T>(leaf: IssuedCertificate, use: (file: (name: string) 
   const folder = await mkdtemp(join(tmpdir(), 'edgemesh-certificates-'))
   const file = (name: string) => join(folder, name)
   try {
-    await writeFile(file('root.pem'), authority.roots.join(''))
+    await writeFile(file('root.pem'), authority.rootPem)
     await writeFile(file('intermediate.pem'), authority.intermediates.join(''))
     await writeFile(file('leaf.pem'), leaf.pem)
     return await use(file)
@@ -150,6 +150,7 @@ test('node reads the same certificate as we do', t => {
       .digest('hex'),
     organizationalUnit: undefined,
     commonName: 'sensor-7',
+    issuerKeyId: authority.issuerKeyId,
     hasClientAuth: true,
   })
 })
@@ -322,7 +323,7 @@ for (const version of ['TLSv1.2', 'TLSv1.3'] as const) {
     const serverLeaf = authority.issueLeaf(serverTemplate({ spki: serverKey.spki }))
     const clientLeaf = authority.issueLeaf(template({ spki: clientKey.spki }))
     const credentials = (leaf: IssuedCertificate, key: KeyObject) => ({
-      ca: authority.roots,
+      ca: [authority.rootPem],
       cert: [leaf.pem, ...authority.intermediates].join(''),
       key: key.export({ format: 'pem', type: 'pkcs8' }),
       minVersion: version,

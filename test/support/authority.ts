@@ -2,7 +2,7 @@
 import { createPrivateKey, createPublicKey } from 'node:crypto'
 import { systemClock } from '../../src/clock.ts'
 import { openDatabase } from '../../src/db/orm.ts'
-import { openStoredAuthority } from '../../src/identity/authority-store.ts'
+import { openAuthorities } from '../../src/identity/authorities.ts'
 import { describeCertificate, newSerial } from '../../src/identity/certificates.ts'
 import { entities } from '../../src/server.ts'
 import { type Credentials, type EdgeMesh, newKey, secrets } from './edgemesh.ts'
@@ -25,13 +25,15 @@ export async function specialLeaves(
   mesh: EdgeMesh,
 ): Promise<(leaf: SpecialLeaf) => Promise<Required<Credentials> & { serial: string }>> {
   const db = await openDatabase({ url: mesh.databaseUrl, poolMax: 1, entities })
-  const { authority } = await openStoredAuthority({
+  const { set } = await openAuthorities({
     db,
     trustDomain,
     validityDays: 1,
     passphrase: secrets.CA_KEY_PASSPHRASE,
+    files: undefined,
     clock: systemClock,
   })
+  const authority = set.issuing
   await db.close()
   return async ({ spiffeId, purpose = 'client', validFromMs = -minuteMs, validForMs = minuteMs, recordedFor }) => {
     const keyPem = newKey()

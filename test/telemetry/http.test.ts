@@ -10,6 +10,7 @@ async function start(ready: () => Promise<Readiness>) {
     port: 0,
     metrics: (_request, response) => response.end('up 1\n'),
     ready,
+    revocationList: async keyId => (keyId === undefined || keyId === 'ab12' ? Buffer.from('a list') : undefined),
     log: createLog({ level: 'silent' }),
   })
   return { ...http, url: `http://127.0.0.1:${http.port}` }
@@ -23,6 +24,20 @@ test('/healthz says ok while the process lives, ready or not', async t => {
   const response = await fetch(`${http.url}/healthz`)
   t.is(response.status, 200)
   t.is(await response.text(), 'ok\n')
+  await http.stop()
+})
+
+test('/crl is the list of the authority that issues, /crl/<key id>.crl that of the one named', async t => {
+  const http = await start(async () => NOT_READY)
+  for (const path of ['/crl', '/crl/ab12.crl']) {
+    const response = await fetch(`${http.url}${path}`)
+    t.is(response.status, 200)
+    t.is(response.headers.get('content-type'), 'application/pkix-crl')
+    t.is(await response.text(), 'a list')
+  }
+  for (const path of ['/crl/cd34.crl', '/crl/%2e%2e%2fmetrics', '/crl/AB12.crl', '/crl/', '/crl/ab12']) {
+    t.is((await fetch(`${http.url}${path}`)).status, 404, path)
+  }
   await http.stop()
 })
 

@@ -1,0 +1,74 @@
+/**
+ * How far a fleet is with a rotation: who has reported that it trusts the next root, who holds a certificate of the next
+ * authority. Counted is who would be left behind: devices that are not revoked, and operators, with a certificate that has
+ * neither expired nor been revoked.
+ */
+import type { EntityManager } from '../db/orm.ts'
+import type { AuthoritySet, Generation } from './authorities.ts'
+
+export type RotationProgress = {
+  devices: number
+  devicesTrusting: number
+  devicesCertified: number
+  operators: number
+  operatorsCertified: number
+}
+
+export type HolderProgress = {
+  kind: 'device' | 'operator'
+  id: string
+  trusting: boolean
+  certified: boolean
+  lastSeenAtMs: number | null
+  notAfterMs: number
+}
+
+/**
+ * One row a holder. A serial without a fingerprint was reserved and never signed: nobody holds it.
+ *
+ * Certificates from before there were several authorities name none; they are the first one's.
+ */
+const holders = `
+  select c.subject_kind as kind, c.subject_id as id,
+    bool_or(coalesce(c.issuer_key_id, '') = ?) as certified,
+    coalesce(bool_or(p.trust_bundle_id = ?), false) as trusting,
+    (extract(epoch from max(p.received_at)) * 1000)::float8 as "lastSeenAtMs",
+    (extract(epoch from max(c.not_after)) * 1000)::float8 as "notAfterMs"
+  from certificates c
+  left join devices d on c.subject_kind = 'device' and d.id = c.subject_id
+  left join device_postures p on p.device_id = d.id
+  where c.not_after > now() and c.revoked_at is null and c.fingerprint_sha256 is not null
+    and (c.subject_kind = 'operator' or (c.subject_kind = 'device' and d.status <> 'revoked'))
+  group by c.subject_kind, c.subject_id`
+
+export async function rotationProgress(em: EntityManager, set: AuthoritySet): Promise<RotationProgress> {
+  const [row] = await em.execute<RotationProgress[]>(
+    `select (count(*) filter (where kind = 'device'))::int as devices,
+       (count(*) filter (where kind = 'device' and trusting))::int as "devicesTrusting",
+       (count(*) filter (where kind = 'device' and certified))::int as "devicesCertified",
+       (count(*) filter (where kind = 'operator'))::int as operators,
+       (count(*) filter (where kind = 'operator' and certified))::int as "operatorsCertified"
+     from (${holders}) holder`,
+    [nextOf(set).issuerKeyId, set.bundleId],
+  )
+  return row!
+}
+
+/** Holders by kind and id, from after `after` on. */
+export function holderProgress(
+  em: EntityManager,
+  set: AuthoritySet,
+  page: { after: [string, string] | undefined; limit: number; behindOnly: boolean },
+): Promise<HolderProgress[]> {
+  const { after = ['', ''], limit, behindOnly } = page
+  return em.execute<HolderProgress[]>(
+    `select * from (${holders}) holder
+     where (kind, id) > (?, ?) and not (certified and ?) order by kind, id limit ?`,
+    [nextOf(set).issuerKeyId, set.bundleId, ...after, behindOnly, limit],
+  )
+}
+
+/** The authority that a rotation goes to; without one, the one that issues. */
+function nextOf({ issuing, other }: AuthoritySet): Generation {
+  return other && other.generation > issuing.generation ? other : issuing
+}
