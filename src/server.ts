@@ -331,6 +331,7 @@ async function compose(
     const checks = {
       database: await databaseCheck(db),
       facts: { ok: feed.isLive(), detail: feed.isLive() ? undefined : 'the change feed is behind' },
+      authority: authorityCheck(authorities.current()),
       policy: { ok: engine.ready(), detail: engine.ready() ? engine.revision() : 'the policy can not be evaluated' },
       lifecycle: { ok: !stopping, detail: stopping ? 'stopping' : undefined },
     }
@@ -415,6 +416,12 @@ function authorityOptionsOf({ identity }: Settings, db: Database, clock: Clock):
     files: caCertPem && caKeyPem ? { certPem: caCertPem, keyPem: caKeyPem } : undefined,
     clock,
   }
+}
+
+/** An instance that can't issue lets nobody in and renews nobody: a balancer has to send them elsewhere. */
+function authorityCheck({ issuing }: AuthoritySet): { ok: boolean; detail?: string } {
+  const ok = issuing.issuer.privateKey !== undefined
+  return { ok, ...(!ok && { detail: `the key of authority ${issuing.generation} is not here: see CA_KEY_FILE` }) }
 }
 
 function expiriesOf({ all }: AuthoritySet): Expiry[] {

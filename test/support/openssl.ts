@@ -19,6 +19,10 @@ export async function openssl(
   t.teardown(() => rm(cwd, { recursive: true, force: true }))
   for (const [name, content] of Object.entries(files)) await writeFile(join(cwd, name), content)
   return new Promise(resolve => {
-    execFile('openssl', args, { cwd }, (error, stdout, stderr) => resolve({ ok: !error, said: stdout + stderr }))
+    const child = execFile('openssl', args, { cwd }, (error, stdout, stderr) =>
+      resolve({ ok: !error, said: stdout + stderr }),
+    )
+    // s_client goes on for as long as it may be told something.
+    child.stdin?.end()
   })
 }
