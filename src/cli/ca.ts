@@ -56,8 +56,8 @@ function initCommand(): Command {
     .addHelpText(
       'after',
       `
-It takes the settings of the server: DATABASE_URL, CA_KEY_PASSPHRASE, and CA_CERT_FILE and CA_KEY_FILE where you bring an
-authority of your own. A server does the same when it starts. Done again it changes nothing.
+It takes the settings of the server: DATABASE_URL, CA_KEY_PASSPHRASE, and CA_CERT_FILE with CA_KEY_FILE where you
+bring an authority of your own. A server does the same when it starts. Done again it changes nothing.
 
 Examples:
   edgemesh ca init --out ./root.crt
@@ -146,9 +146,9 @@ function rotateCommand(): Command {
     .addHelpText(
       'after',
       `
-The next authority is made, or it is the one that CA_CERT_FILE and CA_KEY_FILE of every instance hold beside the old one.
-Every instance follows within a second, and tells the devices whose streams it holds. Operators renew by themselves, with
-"edgemesh operator renew".
+The next authority is made; or it is the one that CA_CERT_FILE and CA_KEY_FILE of every instance hold beside the
+old one. Every instance follows within a second, and tells the devices whose streams it holds. Operators renew by
+themselves, with "edgemesh operator renew".
 
 Examples:
   edgemesh ca rotate --to published     then wait until all devices trust the new root: edgemesh ca show
