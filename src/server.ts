@@ -292,6 +292,7 @@ async function compose(
         authority: {
           trustDomain,
           current: authorities.current,
+          refresh: authorities.refresh,
           trustBundle: trustBundle.current,
           rotation: createRotation({ ...authorityOptions, current: authorities.current }),
         },

@@ -27,6 +27,7 @@ import { check, id, specified } from './request.ts'
 export type AuthorityDeps = {
   trustDomain: string
   current(): AuthoritySet
+  refresh(): Promise<void>
   trustBundle(): Promise<TrustBundle>
   rotation: Rotation
 }
@@ -71,6 +72,7 @@ export function authorityHandlers({ db, authority }: { db: Database; authority: 
       const names = Object.keys(stages) as RotationStage[]
       const to = names.find(name => stages[name] === asked.stage)!
       call.audit.target = 'authority'
+      await authority.refresh()
       call.audit.detail = { before: authority.current().rotation, after: to, force: asked.force }
       return change(db, call, async em => {
         const progress = await authority.rotation.to(em, to, asked.force)

@@ -50,6 +50,8 @@ export type AuthoritySet = {
 
 export type Authorities = {
   current(): AuthoritySet
+  /** Loads them anew, for who can't wait for the change feed to tell of a change that was just made. */
+  refresh(): Promise<void>
   /** Called after `current` has changed. */
   onChange(listener: (now: AuthoritySet, before: AuthoritySet) => void): void
   stop(): void
@@ -155,6 +157,7 @@ export async function keepAuthorities(
     created,
     authorities: {
       current: () => current,
+      refresh: reload,
       onChange: listener => void listeners.push(listener),
       stop() {
         loading++

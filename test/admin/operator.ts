@@ -28,6 +28,7 @@ const issuing: Generation = {
 export const authority: AdminDeps['authority'] = {
   trustDomain: 'test',
   current: () => authoritySet([issuing]),
+  refresh: async () => {},
   rotation: { to: () => Promise.reject(new Error('no test of these rotates')) },
   trustBundle: async () => ({
     rootsPem: ['root'],
