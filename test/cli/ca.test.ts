@@ -20,7 +20,6 @@ const mesh = shared(test, async file => {
 const main = join(import.meta.dirname, '../../src/main.ts')
 let folder = ''
 
-
 function edgemesh(args: string[], env: Record<string, string> = { EDGEMESH_CREDENTIALS: folder }) {
   return new Promise<{ exitCode: number; stdout: string; stderr: string }>(resolve => {
     execFile(process.execPath, [main, ...args], { env: { PATH: process.env.PATH, ...env } }, (error, stdout, stderr) =>
