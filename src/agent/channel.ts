@@ -12,9 +12,11 @@ import {
   ChannelCredentials,
   type ClientDuplexStream,
   type ClientOptions,
+  type Metadata,
   type ServiceError,
   status,
 } from '@grpc/grpc-js'
+import { type Clock, systemClock } from '../clock.ts'
 import { Fault, type FieldViolation, invalidField } from '../fault.ts'
 import type { Any } from '../gen/google/protobuf/any.ts'
 import type { Duration } from '../gen/google/protobuf/duration.ts'
@@ -159,23 +161,39 @@ export function endOf<In, Out>(call: ClientDuplexStream<In, Out>, release: () =>
 export type DescribedError = {
   /** Canonical gRPC code, such as `UNAUTHENTICATED`. */
   code: string
-  /** Stable, such as `TOKEN_EXPIRED`. The code again where the server gave no reason, as when it can't be reached. */
+  /**
+   * Stable, such as `TOKEN_EXPIRED`. Where the server gave no reason, what can be told of a connection that did not come
+   * about (`SERVER_UNTRUSTED` and the like), else the code again.
+   */
   reason: string
   message: string
   violations: FieldViolation[]
   /** How long the server wants to be left alone. */
   retryAfterMs?: number
+  /** How far this host's clock is ahead of the server's, negative where behind; absent where the server did not say. */
+  clockOffsetMs?: number
   metadata: Record<string, string>
 }
 
 /**
  * Reads a ServiceError with its `google.rpc` details, or a Fault of our own. Anything else is a bug: its code is
  * `INTERNAL`. Details that can't be read are left out, since the code and the message are good without them.
+ *
+ * @param clock to be compared with the server's, so an error is described when it has just come
  */
-export function describeCallError(error: unknown): DescribedError {
+export function describeCallError(error: unknown, clock: Clock = systemClock): DescribedError {
   if (error instanceof Fault) {
     const { code, reason, message, violations, retryAfterMs, metadata } = error
-    return { code, reason, message, violations, ...(retryAfterMs === undefined ? {} : { retryAfterMs }), metadata }
+    const { clockOffsetMs } = metadata
+    return {
+      code,
+      reason,
+      message,
+      violations,
+      ...(retryAfterMs === undefined ? {} : { retryAfterMs }),
+      ...(clockOffsetMs === undefined ? {} : { clockOffsetMs: Number(clockOffsetMs) }),
+      metadata,
+    }
   }
   if (!isServiceError(error)) {
     const message = error instanceof Error ? error.message : String(error)
@@ -183,12 +201,54 @@ export function describeCallError(error: unknown): DescribedError {
   }
   const code = status[error.code] ?? 'UNKNOWN'
   const described: DescribedError = { code, reason: code, message: error.details, violations: [], metadata: {} }
+  if (code === 'UNAVAILABLE') Object.assign(described, unconnected(error.details))
+  const serverTime = serverTimeIn(error.metadata)
+  if (serverTime) described.clockOffsetMs = clock() - serverTime.getTime()
   try {
     for (const { typeUrl, value } of packedDetails(error)) readDetail(described, typeUrl.replace(/^.*\//, ''), value)
   } catch {
     // Somebody else's details, or broken ones: what was read so far is good.
   }
   return described
+}
+
+/** What every answer and every error carries in its trailing metadata: the server's clock, ISO 8601. */
+export function serverTimeIn(metadata: Metadata): Date | undefined {
+  const time = new Date(String(metadata.get('edgemesh-server-time')[0]))
+  return Number.isNaN(time.getTime()) ? undefined : time
+}
+
+/** What OpenSSL says of a server's certificate. gRPC hands on its words only, as the last error before it gave up. */
+const verificationFailures: { words: RegExp; reason: string; message: string }[] = [
+  {
+    words: /certificate has expired/,
+    reason: 'SERVER_CERTIFICATE_EXPIRED',
+    message: "the server's certificate has expired by the clock of this host",
+  },
+  {
+    words: /certificate is not yet valid/,
+    reason: 'SERVER_CERTIFICATE_NOT_YET_VALID',
+    message: "the server's certificate is not valid yet by the clock of this host",
+  },
+  {
+    words:
+      /unable to get (local )?issuer certificate|unable to verify the first certificate|self[- ]signed certificate/,
+    reason: 'SERVER_UNTRUSTED',
+    message: "the server's certificate does not lead to a root that is trusted here",
+  },
+  {
+    words: /ERR_TLS_CERT_ALTNAME_INVALID/,
+    reason: 'SERVER_NAME_WRONG',
+    message: "the server's certificate is not for the name by which it was called",
+  },
+]
+
+function unconnected(details: string): { reason: string; message: string } | undefined {
+  const lastError = /^No connection established\. Last error: (?:Error: )?(.*?)\.? Resolution note:/s.exec(details)?.[1]
+  if (lastError === undefined) return undefined
+  const known = verificationFailures.find(({ words }) => words.test(lastError))
+  if (known) return { reason: known.reason, message: known.message }
+  return { reason: 'UNAVAILABLE', message: `no connection to the server: ${lastError}` }
 }
 
 export function millisecondsOf({ seconds, nanos }: Duration): number {

@@ -36,18 +36,34 @@ export async function pinnedTrustBundle({
   rootKeySha256: string
   timeoutMs?: number
 }): Promise<TrustBundle> {
+  const { trustBundle } = await unverifiedTrustBundle(server, timeoutMs)
+  const root = (trustBundle?.rootsPem ?? []).slice(0, rootsMax).find(pem => isPinned(pem, rootKeySha256))
+  if (root === undefined) throw notPinned(server)
+  return { rootsPem: [root], intermediatesPem: [], crlDer: Buffer.alloc(0), crlsDer: [], trustDomain: '', id: '' }
+}
+
+/**
+ * What time it is at the server, as whoever answers there says: good for wording an error, and for nothing else.
+ *
+ * @throws ServiceError when the server can't be reached
+ */
+export async function unverifiedServerTime(
+  server: Server,
+  timeoutMs: number = timeoutDefaultMs,
+): Promise<Date | undefined> {
+  return (await unverifiedTrustBundle(server, timeoutMs)).serverTime
+}
+
+async function unverifiedTrustBundle(server: Server, timeoutMs: number): Promise<GetTrustBundleResponse> {
   const unverified = ChannelCredentials.createSsl(null, null, null, {
     rejectUnauthorized: false,
     checkServerIdentity: () => undefined,
   })
   const client = new EnrollServiceClient(server, unverified, optionsFor(server))
   try {
-    const { trustBundle } = await answerOf<GetTrustBundleResponse>(done =>
+    return await answerOf<GetTrustBundleResponse>(done =>
       client.getTrustBundle({}, new Metadata(), { deadline: Date.now() + timeoutMs }, done),
     )
-    const root = (trustBundle?.rootsPem ?? []).slice(0, rootsMax).find(pem => isPinned(pem, rootKeySha256))
-    if (root === undefined) throw notPinned(server)
-    return { rootsPem: [root], intermediatesPem: [], crlDer: Buffer.alloc(0), crlsDer: [], trustDomain: '', id: '' }
   } finally {
     client.close()
   }
