@@ -6,47 +6,40 @@
  *
  * Its states, each with what leads out of it:
  *
- *     enrolling   no identity is kept yet. The identity arrives → reporting; the token is refused → failed.
- *     reporting   a stream is open. It breaks → waiting; the server says reconnect, or the certificate was renewed →
- *                 waiting, for as long as the server said; the identity was revoked or has expired → failed.
- *     waiting     backs off. The time is over → reporting.
+ *     enrolling   no identity is kept yet. The identity arrives → connecting; an operator has to approve it → stays,
+ *                 asking again with the same key when the stream breaks; the token is refused → failed.
+ *     connecting  a session is being opened, beside the one before it if that is still there. Its first report is
+ *                 acknowledged → reporting, and only now the session before it is closed; it fails → waiting.
+ *     reporting   a session is open. It breaks → waiting. The certificate is renewed → connecting, at once; the server
+ *                 says reconnect → connecting, after so long as it says. All the while reports go on.
+ *     waiting     backs off. The time is over → connecting, or recovering where the certificate has expired.
+ *     recovering  asks for a new certificate with the one that has expired. It is given → connecting; an operator has to
+ *                 approve it → waiting; the server will not → lost.
+ *     lost        the server has ended this identity. There is a token that is new → enrolling; else → failed.
  *     failed      the promise rejects with the reason; only a person can help.
- *     stopped     `signal` was aborted: the stream is ended in order, and the promise resolves.
+ *     stopped     `signal` was aborted: the session is ended in order, and the promise resolves.
+ *
+ * An identity that is lost (deleted, its certificate or its authority retired, too long away) is not taken up again by
+ * the token that it came from: that would undo in a second what an operator has done, and again with each restart. A
+ * token with another id is a person's word that the device may come in once more, so with that it enrolls again, with
+ * the same key and under the same id. Its id is kept then, and it will not be used for a third time. A device that was
+ * revoked is out for good whatever token it has.
  */
-import { setTimeout as sleep } from 'node:timers/promises'
-import { type Clock, systemClock } from '../clock.ts'
+import { type Clock, clockOffsetToleratedMs, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
+import type { HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture, TrustBundle } from '../gen/edgemesh/v1/types.ts'
-import {
-  type DescribedError,
-  describeCallError,
-  isCallError,
-  millisecondsOf,
-  openChannel,
-  type Server,
-} from './channel.ts'
-import { type DeviceCredentials, enrollDevice, fetchTrustBundle, renewCredentials, trusting } from './enroll.ts'
-import { type DirectiveKind, openHeartbeats } from './heartbeat-stream.ts'
-import { keyForEnrollment, loadState, saveState } from './state.ts'
-
-export type AgentEvent =
-  | { event: 'enrolling'; server: Server }
-  | { event: 'pending-approval'; deviceId: string }
-  | { event: 'enrolled'; deviceId: string; spiffeId: string; notAfter: Date }
-  /** An identity was kept from an earlier run. */
-  | { event: 'resumed'; deviceId: string; spiffeId: string; notAfter: Date }
-  | { event: 'connecting'; server: Server }
-  /** The server has acknowledged a report: what it rests on, what of it fails, when the next is due. */
-  | { event: 'reported'; posture: Partial<Posture>; failingPosture: string[]; nextInMs: number }
-  | { event: 'renewed'; notAfter: Date }
-  | { event: 'renewal-failed'; error: DescribedError; retryInMs: number }
-  | { event: 'trust-bundle-changed' }
-  | { event: 'policy-changed'; revision: string }
-  | { event: 'quarantined'; reason: string }
-  | { event: 'released' }
-  | { event: 'reconnecting'; delayMs: number }
-  | { event: 'disconnected'; error: DescribedError; retryInMs: number }
-  | { event: 'stopped' }
+import { parseToken } from '../identity/tokens.ts'
+import { type DescribedError, describeCallError, isCallError, millisecondsOf, type Server } from './channel.ts'
+import { type DeviceCredentials, enrollDevice, fetchTrustBundle, renewCredentials } from './enroll.ts'
+import type { AgentEvent } from './events.ts'
+import { pinnedTrustBundle } from './first-contact.ts'
+import type { DirectiveKind } from './heartbeat-stream.ts'
+import { trustOf } from './issued-identity.ts'
+import { withClocksCompared } from './server-clock.ts'
+import { openSession, type Session } from './session.ts'
+import { keyForEnrollment, keyForRenewal, loadState, saveState, saveTrust } from './state.ts'
+import { backoffDelayMs, systemTimer, type Timer, withinReason } from './waiting.ts'
 
 export type AgentOptions = {
   server: Server
@@ -59,33 +52,35 @@ export type AgentOptions = {
   log: (event: AgentEvent) => void
   signal: AbortSignal
   clock?: Clock
+  timer?: Timer
   /** 0 to 1, exclusive. */
   random?: () => number
 }
-
-/** Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/ */
-export const backoffBaseMs = 1_000
-export const backoffMaxMs = 60_000
-/** A server that asks for more than this is mistaken, or wants to be rid of us. */
-export const retryAfterMaxMs = 600_000
 
 /** Between two reports, where the server says nothing or something that can't be meant. */
 const intervalDefaultMs = 30_000
 const intervalMinMs = 500
 const intervalMaxMs = 3_600_000
 
-/** The server acknowledges within a second; after this long it is taken to be gone. */
-const acknowledgementTimeoutMs = 30_000
+/** A session that has had so many reports acknowledged was no accident: what failed before it is forgotten. */
+const reportsSettled = 2
 
 /** A failed renewal has a third of the certificate's life to be repeated in. */
 const renewalRetryMs = 60_000
-/** A clock that is far ahead would find each new certificate due for renewal again. */
+/** A server that asks for one renewal after the other, and one whose certificates are due when they are new. */
+const renewalAskedPauseMs = 10_000
 const renewalPauseMs = 3_600_000
+/** A renewal that is asked for without a delay is asked for from many. */
+const renewalSpreadMs = 30_000
+/** The renewals of a large fleet are spread over hours. */
+const renewalDelayMaxMs = 24 * 3_600_000
 
 /** A root is published long before anything is issued under it, so that devices have learned of it by then. */
 const trustBundleAgeMaxMs = 6 * 3_600_000
 
-/** Refusals of an enrollment that no repetition helps. */
+const saveRetryMs = 60_000
+
+/** Refusals of a request for an identity that no repetition helps. */
 const finalCodes: ReadonlySet<string> = new Set([
   'INVALID_ARGUMENT',
   'UNAUTHENTICATED',
@@ -94,24 +89,45 @@ const finalCodes: ReadonlySet<string> = new Set([
   'FAILED_PRECONDITION',
   'UNIMPLEMENTED',
 ])
+const finalForTokens: ReadonlySet<string> = new Set(['TOKEN_USED_UP'])
+/** Of those codes, what passes: the next request is signed anew, and an operator decides some time. */
+const passing: ReadonlySet<string> = new Set(['CSR_CHALLENGE_STALE', 'CSR_REPLAYED', 'RECOVERY_NEEDS_APPROVAL'])
+
 /** The ends of an identity. Other refusals of it may be a mistake on the server's side that somebody is mending. */
-const finalReasons: ReadonlySet<string> = new Set(['DEVICE_REVOKED', 'CERTIFICATE_REVOKED', 'CERTIFICATE_EXPIRED'])
+const identityEnds: ReadonlySet<string> = new Set([
+  'DEVICE_REVOKED',
+  'DEVICE_DELETED',
+  'CERTIFICATE_REVOKED',
+  'CERTIFICATE_RETIRED',
+])
 
-/** What the agent knows while it runs. */
-type Agent = Required<AgentOptions> & {
+type Settled = Required<AgentOptions>
+
+/** What the agent knows while it runs. Moments are by `timer.uptime()`; what is not due has none. */
+type Agent = Settled & {
   credentials: DeviceCredentials
-  quarantined: boolean
+  /** The certificate in `credentials` has expired, so the server says. */
+  expired: boolean
+  /** None while the server can't be reached. */
+  session: Session | undefined
+  /** When to open the next. Always there where there is no session. */
+  connectAtMs: number | undefined
+  reportAtMs: number
+  /** When to do what the server has asked for. */
+  renewAtMs: number | undefined
   renewNotBeforeMs: number
-  trustBundleFetchedMs: number
+  renewAskedNotBeforeMs: number
+  fetchTrustBundleAtMs: number
+  /** `credentials` are not on the disk. */
+  saveAtMs: number | undefined
+  /** Sessions in a row that could not be opened, or ended before they had settled. */
+  failures: number
+  clockOffsetMs: number
+  /** What the log has last said of it. */
+  told: { quarantined: boolean; clockWrong: boolean; recoveryPending: boolean }
+  /** Ends the wait for what is due next. */
+  wake: AbortController
 }
-
-/** How a stream came to its end. */
-type Ending =
-  | { kind: 'stopped' }
-  /** To be opened again: with a new certificate, or on another instance. */
-  | { kind: 'reopen'; delayMs: number }
-  /** `healthy` when a report had been acknowledged before. */
-  | { kind: 'lost'; error: Error; healthy: boolean }
 
 /**
  * Runs until `signal` is aborted.
@@ -119,244 +135,397 @@ type Ending =
  * @throws Fault or ServiceError when the device can't be enrolled, or is no longer who it was
  */
 export async function runAgent(options: AgentOptions): Promise<void> {
-  const { log, signal, clock = systemClock, random = Math.random, token = '' } = options
-  const settled = { ...options, token, clock, random }
+  const { clock = systemClock, timer = systemTimer, random = Math.random, token = '' } = options
+  const settled = { ...options, token, clock, timer, random }
   const credentials = await identify(settled)
-  if (!credentials) {
-    log({ event: 'stopped' })
-    return
-  }
-
-  const agent: Agent = {
-    ...settled,
-    credentials,
-    quarantined: false,
-    renewNotBeforeMs: 0,
-    trustBundleFetchedMs: Number.NEGATIVE_INFINITY,
-  }
-  let failures = 0
-  while (!signal.aborted) {
-    const ending = await reportUntilEnd(agent)
-    if (ending.kind === 'stopped') break
-    if (ending.kind === 'reopen') {
-      failures = 0
-      log({ event: 'reconnecting', delayMs: ending.delayMs })
-      await pause(ending.delayMs, signal)
-      continue
-    }
-    const error = describeCallError(ending.error)
-    if (!isCallError(ending.error) || finalReasons.has(error.reason)) throw ending.error
-    failures = ending.healthy ? 0 : failures + 1
-    const retryInMs = backoffDelayMs(failures, random, error.retryAfterMs)
-    log({ event: 'disconnected', error, retryInMs })
-    await pause(retryInMs, signal)
-  }
-  log({ event: 'stopped' })
-}
-
-/**
- * How long to wait after so many failures in a row, the first being number 0: any time up to a bound that doubles, so
- * that a fleet that lost its server together does not come back together. What the server asks for comes on top.
- */
-export function backoffDelayMs(failures: number, random: () => number, retryAfterMs = 0): number {
-  const bound = Math.min(backoffMaxMs, backoffBaseMs * 2 ** failures)
-  return Math.min(retryAfterMaxMs, Math.max(0, retryAfterMs)) + random() * bound
+  if (credentials) await keepReporting(settled, credentials)
+  options.log({ event: 'stopped' })
 }
 
 /** The identity that was kept, or a new one; nothing when the agent is stopped before. */
-async function identify(options: Required<AgentOptions>): Promise<DeviceCredentials | undefined> {
-  const { server, stateDirectory, token, device, log, signal, random } = options
+async function identify(options: Settled): Promise<DeviceCredentials | undefined> {
+  const { stateDirectory, token, device, log } = options
   const kept = await loadState(stateDirectory)
   if (kept) {
     log({ event: 'resumed', deviceId: kept.deviceId, spiffeId: kept.spiffeId, notAfter: kept.notAfter })
     return kept
   }
   if (token === '') throw tokenMissing(stateDirectory)
+  return enroll(options, device)
+}
+
+/** @returns nothing when the agent is stopped before */
+async function enroll(options: Settled, device: Partial<DeviceDescription>): Promise<DeviceCredentials | undefined> {
+  const { server, stateDirectory, token, log, signal, clock, timer, random } = options
   const keyPem = await keyForEnrollment(stateDirectory)
-  const onPendingApproval = (deviceId: string) => log({ event: 'pending-approval', deviceId })
-  for (let failures = 0; !signal.aborted; failures++) {
+  let told = false
+  let failures = 0
+  while (!signal.aborted) {
+    let asked = 0
+    const onPendingApproval = (deviceId: string) => {
+      if (!told) log({ event: 'pending-approval', deviceId })
+      told = true
+      asked += 1
+      if (asked >= reportsSettled) failures = 0
+    }
     log({ event: 'enrolling', server })
     try {
-      const credentials = await enrollDevice({ server, token, device, keyPem, signal, onPendingApproval })
+      const credentials = await enrollDevice({ server, token, device, keyPem, signal, onPendingApproval, clock })
       await saveState(stateDirectory, credentials)
       const { deviceId, spiffeId, notAfter } = credentials
       log({ event: 'enrolled', deviceId, spiffeId, notAfter })
       return credentials
     } catch (failure) {
       if (signal.aborted) return undefined
-      const error = describeCallError(failure)
-      if (!isCallError(failure) || finalCodes.has(error.code) || error.reason === 'TOKEN_USED_UP') throw failure
+      const error = describeCallError(failure, clock)
+      if (!isCallError(failure) || isFinal(error) || finalForTokens.has(error.reason)) throw failure
       const retryInMs = backoffDelayMs(failures, random, error.retryAfterMs)
+      failures += 1
       log({ event: 'disconnected', error, retryInMs })
-      await pause(retryInMs, signal)
+      await timer.sleep(retryInMs, signal)
     }
   }
   return undefined
 }
 
-/** One stream: reports, and does what the server asks for, until either side ends it. */
-async function reportUntilEnd(agent: Agent): Promise<Ending> {
-  const { server, credentials, posture, log, signal, clock } = agent
-  log({ event: 'connecting', server })
-  const channel = openChannel(server, credentials)
-  /** Aborted by what can't wait for the next report. */
-  const urgent = new AbortController()
-  const asked: { reopenAfterMs?: number; renew?: boolean; bundle?: TrustBundle; revoked?: string } = {}
-  let quarantined: string | undefined
+function isFinal({ code, reason }: DescribedError): boolean {
+  return finalCodes.has(code) && !passing.has(reason)
+}
 
-  function onDirective(directive: DirectiveKind): void {
-    switch (directive.$case) {
-      case 'renewCertificate':
-        asked.renew = true
-        break
-      case 'trustBundle':
-        asked.bundle = directive.value.trustBundle
-        urgent.abort()
-        break
-      case 'policyChanged':
-        log({ event: 'policy-changed', revision: directive.value.revision })
-        break
-      case 'reconnect':
-        asked.reopenAfterMs = directive.value.delay ? millisecondsOf(directive.value.delay) : 0
-        urgent.abort()
-        break
-      case 'quarantined':
-        quarantined = directive.value.reason
-        break
-      case 'revoked':
-        asked.revoked = directive.value.reason
-        urgent.abort()
-        break
-    }
-  }
-
-  const heartbeats = openHeartbeats({
-    server,
+/** Everything after the enrollment: does what is due, waits for what is due next, until the agent is stopped. */
+async function keepReporting(options: Settled, credentials: DeviceCredentials): Promise<void> {
+  const { signal, timer } = options
+  const agent: Agent = {
+    ...options,
     credentials,
-    channel,
-    clock,
-    onDirective,
-    onClosed: () => urgent.abort(),
-  })
-  let healthy = false
-  let ending: { error: Error | undefined } | undefined
-  heartbeats.closed.then(error => {
-    ending = { error }
-  })
-
+    expired: false,
+    session: undefined,
+    connectAtMs: timer.uptime(),
+    reportAtMs: 0,
+    renewAtMs: undefined,
+    renewNotBeforeMs: 0,
+    renewAskedNotBeforeMs: 0,
+    fetchTrustBundleAtMs: 0,
+    saveAtMs: undefined,
+    failures: 0,
+    clockOffsetMs: 0,
+    told: { quarantined: false, clockWrong: false, recoveryPending: false },
+    wake: new AbortController(),
+  }
   try {
-    for (;;) {
-      // Step 1: Say how the host is, and learn how that is seen.
-      quarantined = undefined
-      const measured = await posture()
-      const acknowledged = await withinTime(heartbeats.report(measured), signal)
-      if (signal.aborted || !acknowledged) return { kind: 'stopped' }
-      healthy = true
-      noteQuarantine(agent, quarantined)
-      const nextInMs = intervalOf(acknowledged.nextInterval)
-      log({ event: 'reported', posture: measured, failingPosture: acknowledged.failingPosture, nextInMs })
-
-      // Step 2: What keeps the identity alive, while there is a stream that works.
-      if (await renewWhenDue(agent, channel, asked.renew ?? false)) return { kind: 'reopen', delayMs: 0 }
-      await refreshTrustBundle(agent, channel)
-
-      // Step 3: Wait for the next report, or for something that can't wait.
-      await pause(nextInMs, AbortSignal.any([signal, urgent.signal]))
-      if (asked.revoked !== undefined) throw revoked(asked.revoked)
-      if (signal.aborted) return { kind: 'stopped' }
-      if (asked.bundle) {
-        await adopt(agent, asked.bundle)
-        return { kind: 'reopen', delayMs: 0 }
-      }
-      if (asked.reopenAfterMs !== undefined) {
-        return { kind: 'reopen', delayMs: Math.min(retryAfterMaxMs, Math.max(0, asked.reopenAfterMs)) }
-      }
-      if (ending) throw ending.error ?? endedInOrder()
+    while (!signal.aborted) {
+      agent.wake = new AbortController()
+      await doWhatIsDue(agent)
+      await timer.sleep(msUntilDue(agent), AbortSignal.any([signal, agent.wake.signal]))
     }
-  } catch (error) {
-    if (asked.revoked !== undefined) return { kind: 'lost', error: revoked(asked.revoked), healthy }
-    if (signal.aborted) return { kind: 'stopped' }
-    return { kind: 'lost', error: error as Error, healthy }
   } finally {
-    await heartbeats.close()
-    channel.close()
+    await agent.session?.close()
   }
 }
 
-/** @returns whether the certificate was renewed, which takes a new connection to be of use */
-async function renewWhenDue(agent: Agent, channel: ReturnType<typeof openChannel>, asked: boolean): Promise<boolean> {
-  const { server, stateDirectory, credentials, log, clock, random } = agent
-  const nowMs = clock()
-  if ((!asked && nowMs < credentials.renewAfter.getTime()) || nowMs < agent.renewNotBeforeMs) return false
+async function doWhatIsDue(agent: Agent): Promise<void> {
+  // Step 1: What has become of the stream, and what the server has asked for on it.
+  if (agent.session) await heed(agent, agent.session)
+
+  // Step 2: Another session, or the next report on this one.
+  if (isDue(agent, agent.connectAtMs)) await connect(agent)
+  else if (agent.session && isDue(agent, agent.reportAtMs)) await report(agent, agent.session)
+
+  // Step 3: What keeps the identity alive, while there is a session that works.
+  if (agent.session) await renewWhenDue(agent, agent.session)
+  if (agent.session) await refreshTrustBundle(agent, agent.session)
+  if (isDue(agent, agent.saveAtMs)) await keep(agent, agent.credentials)
+}
+
+function msUntilDue(agent: Agent): number {
+  const now = agent.timer.uptime()
+  const moments = [agent.connectAtMs, agent.saveAtMs]
+  if (agent.session) moments.push(agent.reportAtMs, now + msUntilRenewal(agent))
+  return Math.max(0, Math.min(...moments.map(moment => (moment ?? Number.POSITIVE_INFINITY) - now)))
+}
+
+function isDue({ timer }: Agent, momentMs: number | undefined): boolean {
+  return momentMs !== undefined && momentMs <= timer.uptime()
+}
+
+async function heed(agent: Agent, session: Session): Promise<void> {
+  const { asked } = session
+  session.asked = {}
+  if (asked.revoked !== undefined) throw revoked(asked.revoked)
+  if (session.ended) return lose(agent, session, session.ended)
+  if (asked.trustBundle) await adopt(agent, asked.trustBundle)
+  if (asked.renew && isCurrent(agent, session)) askForRenewal(agent, asked.renew.inMs)
+  if (asked.reconnectInMs !== undefined) leave(agent, session, asked.reconnectInMs)
+}
+
+/** Whether it shows the certificate that the agent has now; after a renewal it shows the one before for a moment. */
+function isCurrent(agent: Agent, { credentials }: Session): boolean {
+  return credentials.certificateChainPem === agent.credentials.certificateChainPem
+}
+
+function hasSettled({ reports }: Session): boolean {
+  return reports >= reportsSettled
+}
+
+/** The first of several that ask counts: each draws its delay anew, and the shortest would win in the end. */
+function askForRenewal(agent: Agent, delayMs = agent.random() * renewalSpreadMs): void {
+  agent.renewAtMs ??= agent.timer.uptime() + Math.min(renewalDelayMaxMs, Math.max(0, delayMs))
+}
+
+/** The server wants the device elsewhere. It is asked to once by one server; one that can't keep any has to wait. */
+function leave(agent: Agent, session: Session, askedMs: number): void {
+  if (agent.connectAtMs !== undefined) return
+  const settled = hasSettled(session)
+  if (!settled) agent.failures += 1
+  const delayMs = Math.max(withinReason(askedMs), settled ? 0 : backoffDelayMs(agent.failures, agent.random))
+  agent.connectAtMs = agent.timer.uptime() + delayMs
+  agent.log({ event: 'reconnecting', delayMs })
+}
+
+/** Opens the next session. The one before it is closed when the next has proved itself. */
+async function connect(agent: Agent): Promise<void> {
+  const { server, log, clock } = agent
+  agent.connectAtMs = undefined
+  let next: Session | undefined
   try {
-    const renewed = await renewCredentials(server, credentials, channel)
-    await saveState(stateDirectory, renewed)
-    agent.credentials = renewed
-    agent.renewNotBeforeMs = nowMs + renewalPauseMs
-    log({ event: 'renewed', notAfter: renewed.notAfter })
+    if (agent.expired) await recover(agent)
+    log({ event: 'connecting', server })
+    next = openSession({
+      server,
+      credentials: agent.credentials,
+      trustBundleId: () => agent.credentials.trustBundleId,
+      onDirective: directive => note(agent, directive),
+      wake: () => agent.wake.abort(),
+      clock,
+    })
+    await reportOn(agent, next)
+  } catch (failure) {
+    await next?.close()
+    return afterFailure(agent, failure)
+  }
+  const before = agent.session
+  agent.session = next
+  await before?.close()
+}
+
+async function report(agent: Agent, session: Session): Promise<void> {
+  try {
+    await reportOn(agent, session)
+  } catch (failure) {
+    await lose(agent, session, failure)
+  }
+}
+
+/** Says how the host is, and learns how that is seen. */
+async function reportOn(agent: Agent, session: Session): Promise<void> {
+  const { posture, log, signal, timer } = agent
+  const measured = await posture()
+  const answer = await session.report(measured, signal)
+  if (!answer) return
+  if (hasSettled(session)) agent.failures = 0
+  const nextInMs = intervalOf(answer)
+  agent.reportAtMs = timer.uptime() + nextInMs
+  // The server repeats itself with each acknowledgement.
+  if (!answer.directives.some(({ kind }) => kind?.$case === 'quarantined')) noteQuarantine(agent, undefined)
+  if (answer.serverTime) noteClock(agent, agent.clock() - answer.serverTime.getTime())
+  log({ event: 'reported', posture: measured, failingPosture: answer.failingPosture, nextInMs })
+}
+
+function intervalOf({ nextInterval }: HeartbeatResponse): number {
+  if (!nextInterval) return intervalDefaultMs
+  return Math.min(intervalMaxMs, Math.max(intervalMinMs, millisecondsOf(nextInterval)))
+}
+
+/** The stream has broken. */
+async function lose(agent: Agent, session: Session, failure: unknown): Promise<void> {
+  agent.session = undefined
+  await session.close()
+  await afterFailure(agent, failure, session)
+}
+
+/**
+ * A session could not be opened, or has broken.
+ *
+ * @param broken the session that there was
+ * @throws what ends the agent
+ */
+async function afterFailure(agent: Agent, failure: unknown, broken?: Session): Promise<void> {
+  const { server, log, clock, random, timer } = agent
+  if (agent.signal.aborted) return
+  const explained = await withClocksCompared(failure, server, clock)
+  if (!isCallError(explained)) throw explained
+  const error = describeCallError(explained, clock)
+  if (error.clockOffsetMs !== undefined) noteClock(agent, error.clockOffsetMs)
+
+  // Step 1: What ends the certificate, or the identity. Of a certificate that has been renewed since it does not.
+  const aboutOlder = broken !== undefined && !isCurrent(agent, broken)
+  if (!aboutOlder && error.reason === 'CERTIFICATE_EXPIRED' && !agent.expired) {
+    agent.expired = true
+    agent.connectAtMs = timer.uptime()
+    log({ event: 'certificate-expired', error })
+    return
+  }
+  const ended = identityEnds.has(error.reason) || (agent.expired && isFinal(error))
+  if (!aboutOlder && ended) return enrollAgain(agent, explained)
+  if (error.reason === 'SERVER_UNTRUSTED' && (await tokenIsForServer(agent))) return enrollAgain(agent, explained)
+
+  // Step 2: Everything else passes.
+  agent.failures = broken && hasSettled(broken) ? 0 : agent.failures + 1
+  const retryInMs = backoffDelayMs(agent.failures, random, error.retryAfterMs)
+  agent.connectAtMs = timer.uptime() + retryInMs
+  if (error.reason === 'RECOVERY_NEEDS_APPROVAL') {
+    if (!agent.told.recoveryPending) log({ event: 'recovery-pending', error, retryInMs })
+    agent.told.recoveryPending = true
+  } else {
+    log({ event: agent.session ? 'reconnection-failed' : 'disconnected', error, retryInMs })
+  }
+}
+
+/** Asks for a new certificate on a connection that shows the one that has expired. */
+async function recover(agent: Agent): Promise<void> {
+  const { server, stateDirectory, credentials, clock, log } = agent
+  const keyPem = await keyForRenewal(stateDirectory)
+  const renewed = await renewCredentials(server, credentials, { keyPem, clock })
+  agent.expired = false
+  agent.told.recoveryPending = false
+  await keep(agent, renewed)
+  log({ event: 'recovered', notAfter: renewed.notAfter })
+}
+
+/** The identity is lost. See the head of this file for when it is taken up again. @throws failure where it is not */
+async function enrollAgain(agent: Agent, failure: Fault | Error): Promise<void> {
+  const { device, log, clock, timer } = agent
+  const error = describeCallError(failure, clock)
+  if (error.reason === 'DEVICE_REVOKED' || !hasNewToken(agent)) throw failure
+  log({ event: 'identity-lost', error })
+  await agent.session?.close()
+  agent.session = undefined
+  const credentials = await enroll(agent, { id: agent.credentials.deviceId, ...device })
+  agent.connectAtMs = timer.uptime()
+  if (!credentials) return
+  Object.assign(agent, { credentials, expired: false, failures: 0, renewAtMs: undefined, saveAtMs: undefined })
+}
+
+function hasNewToken({ token, credentials }: Agent): boolean {
+  return token !== '' && credentials.tokenId !== '' && parseToken(token).id !== credentials.tokenId
+}
+
+/** Whether a new token vouches for a server that is not trusted: its authority was replaced while the device was away. */
+async function tokenIsForServer(agent: Agent): Promise<boolean> {
+  const { server, token } = agent
+  try {
+    if (!hasNewToken(agent)) return false
+    await pinnedTrustBundle({ server, rootKeySha256: parseToken(token).rootKeySha256 })
     return true
-  } catch (error) {
-    // The old certificate is still good, whether the server failed or our disk: there is time to try again.
-    const described = describeCallError(error)
-    const retryInMs = renewalRetryMs * (1 + random()) + Math.min(retryAfterMaxMs, described.retryAfterMs ?? 0)
-    agent.renewNotBeforeMs = nowMs + retryInMs
-    log({ event: 'renewal-failed', error: described, retryInMs })
-    return false
+  } catch {
+    return false // it is for another server, or somebody is in the middle: the identity that there is stays
   }
 }
 
-async function refreshTrustBundle(agent: Agent, channel: ReturnType<typeof openChannel>): Promise<void> {
-  const nowMs = agent.clock()
-  if (nowMs - agent.trustBundleFetchedMs < trustBundleAgeMaxMs) return
-  agent.trustBundleFetchedMs = nowMs
+async function renewWhenDue(agent: Agent, session: Session): Promise<void> {
+  const { server, stateDirectory, credentials, log, clock, random, timer } = agent
+  if (msUntilRenewal(agent) > 0) return
   try {
-    await adopt(agent, await fetchTrustBundle(agent.server, agent.credentials, channel))
-  } catch (error) {
+    const keyPem = await keyForRenewal(stateDirectory)
+    const renewed = await renewCredentials(server, credentials, { channel: session.channel, keyPem, clock })
+    await keep(agent, renewed)
+    const now = timer.uptime()
+    agent.renewAtMs = undefined
+    agent.renewNotBeforeMs = now + renewalPauseMs
+    agent.renewAskedNotBeforeMs = now + renewalAskedPauseMs
+    agent.connectAtMs = now
+    log({ event: 'renewed', notAfter: renewed.notAfter })
+  } catch (failure) {
+    // The old certificate is still good: there is time to try again.
+    const error = describeCallError(failure, clock)
+    const retryInMs = renewalRetryMs * (1 + random()) + withinReason(error.retryAfterMs ?? 0)
+    agent.renewNotBeforeMs = timer.uptime() + retryInMs
+    agent.renewAskedNotBeforeMs = agent.renewNotBeforeMs
+    log({ event: 'renewal-failed', error, retryInMs })
+  }
+}
+
+/** By the server's clock, which has dated the certificate, or because the server has asked. */
+function msUntilRenewal(agent: Agent): number {
+  const { credentials, clock, timer } = agent
+  const now = timer.uptime()
+  const late = credentials.renewAfter.getTime() - (clock() - agent.clockOffsetMs)
+  const byDate = Math.max(late, agent.renewNotBeforeMs - now)
+  if (agent.renewAtMs === undefined) return byDate
+  return Math.min(byDate, Math.max(agent.renewAtMs, agent.renewAskedNotBeforeMs) - now)
+}
+
+async function refreshTrustBundle(agent: Agent, session: Session): Promise<void> {
+  if (!isDue(agent, agent.fetchTrustBundleAtMs)) return
+  agent.fetchTrustBundleAtMs = agent.timer.uptime() + trustBundleAgeMaxMs
+  let bundle: TrustBundle
+  try {
+    bundle = await fetchTrustBundle(agent.server, agent.credentials, session.channel)
+  } catch (failure) {
     // What is trusted now is good until the next rotation; a stream that has broken is noticed elsewhere.
-    if (!isCallError(error)) throw error
+    if (!isCallError(failure)) throw failure
+    return
   }
+  await adopt(agent, bundle)
 }
 
-/** Trusts the roots of `bundle` from the next connection on. */
+/**
+ * Trusts the roots of `bundle` from the next connection on; the one that is open stays. It is believed because it came
+ * over a connection that roots trusted before have verified. The server is told at once, since others may wait for it.
+ */
 async function adopt(agent: Agent, bundle: TrustBundle): Promise<void> {
-  const credentials = trusting(agent.credentials, bundle)
-  if (credentials.rootsPem === agent.credentials.rootsPem) return
-  await saveState(agent.stateDirectory, credentials)
-  agent.credentials = credentials
-  agent.log({ event: 'trust-bundle-changed' })
-}
-
-/** The server repeats itself with each acknowledgement; the log has it when it changes. */
-function noteQuarantine(agent: Agent, reason: string | undefined): void {
-  const quarantined = reason !== undefined
-  if (quarantined === agent.quarantined) return
-  agent.quarantined = quarantined
-  agent.log(quarantined ? { event: 'quarantined', reason } : { event: 'released' })
-}
-
-/** What `report` resolves to, or nothing when the agent is stopped before. */
-async function withinTime<T>(report: Promise<T>, signal: AbortSignal): Promise<T | undefined> {
-  const over = new AbortController()
-  const waited = sleep(acknowledgementTimeoutMs, 'timeout', { signal: AbortSignal.any([signal, over.signal]) })
-  const ended = waited.then(
-    () => Promise.reject(unacknowledged()),
-    () => undefined,
-  )
+  const { stateDirectory, log, clock, timer } = agent
   try {
-    return await Promise.race([report, ended])
-  } finally {
-    over.abort()
+    const trust = trustOf(bundle)
+    const { rootsPem, trustBundleId } = agent.credentials
+    if (trust.rootsPem === rootsPem && trust.trustBundleId === trustBundleId) return
+    const credentials = { ...agent.credentials, ...trust }
+    await saveTrust(stateDirectory, credentials)
+    agent.credentials = credentials
+  } catch (failure) {
+    log({ event: 'trust-bundle-refused', error: describeCallError(failure, clock) })
+    return
+  }
+  agent.reportAtMs = timer.uptime()
+  log({ event: 'trust-bundle-changed', trustBundleId: agent.credentials.trustBundleId })
+}
+
+/** Uses these from now on, and keeps them: later, where the disk is full now. */
+async function keep(agent: Agent, credentials: DeviceCredentials): Promise<void> {
+  const { stateDirectory, log, timer, clock } = agent
+  agent.credentials = credentials
+  const told = agent.saveAtMs !== undefined
+  try {
+    await saveState(stateDirectory, credentials)
+    agent.saveAtMs = undefined
+  } catch (failure) {
+    agent.saveAtMs = timer.uptime() + saveRetryMs
+    if (!told) log({ event: 'state-unsaved', error: describeCallError(failure, clock), retryInMs: saveRetryMs })
   }
 }
 
-function intervalOf(interval: { seconds: number; nanos: number } | undefined): number {
-  if (!interval) return intervalDefaultMs
-  return Math.min(intervalMaxMs, Math.max(intervalMinMs, millisecondsOf(interval)))
+function note(agent: Agent, directive: DirectiveKind): void {
+  if (directive.$case === 'policyChanged') {
+    agent.log({ event: 'policy-changed', revision: directive.value.revision })
+  }
+  if (directive.$case === 'quarantined') noteQuarantine(agent, directive.value.reason)
+  if (directive.$case === 'released') noteQuarantine(agent, undefined)
 }
 
-/** Sleeps for so long, or until `signal` is aborted. */
-async function pause(ms: number, signal: AbortSignal): Promise<void> {
-  await sleep(ms, undefined, { signal }).catch(() => undefined)
+function noteQuarantine({ told, log }: Agent, reason: string | undefined): void {
+  const quarantined = reason !== undefined
+  if (quarantined === told.quarantined) return
+  told.quarantined = quarantined
+  log(quarantined ? { event: 'quarantined', reason } : { event: 'released' })
+}
+
+function noteClock(agent: Agent, offsetMs: number): void {
+  const { told, log } = agent
+  agent.clockOffsetMs = offsetMs
+  const wrong = Math.abs(offsetMs) > clockOffsetToleratedMs
+  if (wrong === told.clockWrong) return
+  told.clockWrong = wrong
+  log(wrong ? { event: 'clock-wrong', offsetMs } : { event: 'clock-right' })
 }
 
 function tokenMissing(directory: string): Fault {
@@ -368,13 +537,4 @@ function revoked(reason: string): Fault {
   const why = reason === '' ? '' : ` (${reason})`
   const message = `the device has been revoked${why}: empty its state folder and enroll it under another id`
   return new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', message)
-}
-
-function endedInOrder(): Fault {
-  return new Fault('UNAVAILABLE', 'STREAM_ENDED', 'the server ended the heartbeat stream')
-}
-
-function unacknowledged(): Fault {
-  const message = `a report was not acknowledged within ${acknowledgementTimeoutMs / 1_000} s`
-  return new Fault('UNAVAILABLE', 'SERVER_SILENT', message)
 }

@@ -35,14 +35,17 @@ const reportsInFlightMax = 256
 
 export function openHeartbeats({
   server,
-  credentials: { rootsPem, certificateChainPem, keyPem },
+  credentials: { rootsPem, certificateChainPem, keyPem, trustBundleId: bundleOfCredentials = '' },
+  trustBundleId = () => bundleOfCredentials,
   onDirective,
   onClosed,
   channel,
   clock = systemClock,
 }: {
   server: Server
-  credentials: Credentials
+  credentials: Credentials & { trustBundleId?: string }
+  /** The trust bundle that the device goes by, asked for with each report. Default: that of the credentials. */
+  trustBundleId?: () => string
   /** Called for each directive, before the report that it came with resolves. */
   onDirective?: (directive: DirectiveKind) => void
   onClosed?: (error: ServiceError | undefined) => void
@@ -94,7 +97,7 @@ export function openHeartbeats({
         posture: Posture.fromPartial(posture),
         openConnectionIds,
         sentAt: new Date(clock()),
-        trustBundleId: '',
+        trustBundleId: trustBundleId(),
       })
       return acknowledged
     },

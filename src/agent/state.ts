@@ -5,7 +5,7 @@
  *     device.key.new  the key of a renewal that has not been finished
  *     device.crt      the certificate and its intermediates
  *     ca.crt          the roots that are trusted
- *     identity.json   who the device is, and when to renew
+ *     identity.json   who the device is, when to renew, and the names of its token and of its trust bundle
  *
  * Each file is replaced as a whole, and is on the disk before the next is touched. Key and certificate have to change
  * together, though they are two files: the new key waits under another name, the certificate's rename decides, and
@@ -38,8 +38,8 @@ export async function loadState(directory: string): Promise<DeviceCredentials | 
   if (rootsPem === undefined || identity === undefined) throw broken(directory, 'files are missing')
   const leaf = readOr(directory, certificateFile, () => new X509Certificate(certificateChainPem))
   const fits = (pem: string | undefined): pem is string => pem !== undefined && isKeyOf(leaf, pem)
-  const { deviceId, spiffeId, renewAfter } = readOr(directory, identityFile, () => readIdentity(identity))
-  const rest = { deviceId, spiffeId, certificateChainPem, rootsPem, notAfter: new Date(leaf.validTo), renewAfter }
+  const known = readOr(directory, identityFile, () => readIdentity(identity))
+  const rest = { ...known, certificateChainPem, rootsPem, notAfter: leaf.validToDate }
   if (fits(keyPem)) return { ...rest, keyPem }
   if (!fits(newKeyPem)) throw broken(directory, `${keyFile} is not the key of ${certificateFile}`)
   // A crash came between the two renames: the second is made up for.
@@ -49,16 +49,22 @@ export async function loadState(directory: string): Promise<DeviceCredentials | 
 
 /** Keeps what a device has become, by its enrollment or by a renewal. Makes the folder if it is not there. */
 export async function saveState(directory: string, credentials: DeviceCredentials): Promise<void> {
-  const { deviceId, spiffeId, keyPem, certificateChainPem, rootsPem, notAfter, renewAfter } = credentials
-  const identity = JSON.stringify({ deviceId, spiffeId, notAfter, renewAfter }, null, 2)
   await makeFolder(directory)
-  await replaceFile(directory, newKeyFile, keyPem, secretMode)
+  await replaceFile(directory, newKeyFile, credentials.keyPem, secretMode)
   // The roots and the identity fit the old certificate too: roots are only added before the old ones are of no more
   // use, and a later `renewAfter` than the old certificate's is put right by the server, which asks for the renewal.
-  await replaceFile(directory, rootsFile, rootsPem, publicMode)
-  await replaceFile(directory, identityFile, `${identity}\n`, publicMode)
-  await replaceFile(directory, certificateFile, certificateChainPem, publicMode)
+  await saveTrust(directory, credentials)
+  await replaceFile(directory, certificateFile, credentials.certificateChainPem, publicMode)
   await replaceKey(directory)
+}
+
+/** Keeps whom a device trusts since its trust bundle has changed. */
+export async function saveTrust(directory: string, credentials: DeviceCredentials): Promise<void> {
+  const { deviceId, spiffeId, notAfter, renewAfter, tokenId, trustBundleId } = credentials
+  const identity = JSON.stringify({ deviceId, spiffeId, notAfter, renewAfter, tokenId, trustBundleId }, null, 2)
+  // The roots go first: the name of the bundle is told to the server, and must not promise what is not there.
+  await replaceFile(directory, rootsFile, credentials.rootsPem, publicMode)
+  await replaceFile(directory, identityFile, `${identity}\n`, publicMode)
 }
 
 /**
@@ -67,13 +73,25 @@ export async function saveState(directory: string, credentials: DeviceCredential
  */
 export async function keyForEnrollment(directory: string): Promise<string> {
   const kept = await readIfThere(join(directory, keyFile))
-  if (kept !== undefined) {
-    readOr(directory, keyFile, () => createPrivateKey(kept))
-    return kept
-  }
+  if (kept === undefined) return keepNewKey(directory, keyFile)
+  readOr(directory, keyFile, () => createPrivateKey(kept))
+  return kept
+}
+
+/**
+ * The key to renew with, likewise kept before it is certified: a device that comes back with a certificate that has
+ * expired is let in once, and asks again with the same key where it has lost the answer.
+ */
+export async function keyForRenewal(directory: string): Promise<string> {
+  const kept = await readIfThere(join(directory, newKeyFile))
+  // Nothing rests on it yet, so what can't be read is replaced.
+  return kept !== undefined && isKey(kept) ? kept : keepNewKey(directory, newKeyFile)
+}
+
+async function keepNewKey(directory: string, name: string): Promise<string> {
   const keyPem = createKey()
   await makeFolder(directory)
-  await replaceFile(directory, keyFile, keyPem, secretMode)
+  await replaceFile(directory, name, keyPem, secretMode)
   return keyPem
 }
 
@@ -125,6 +143,14 @@ async function readIfThere(path: string): Promise<string | undefined> {
   }
 }
 
+function isKey(pem: string): boolean {
+  try {
+    return createPrivateKey(pem).type === 'private'
+  } catch {
+    return false
+  }
+}
+
 function isKeyOf(certificate: X509Certificate, keyPem: string): boolean {
   try {
     return certificate.checkPrivateKey(createPrivateKey(keyPem))
@@ -133,13 +159,23 @@ function isKeyOf(certificate: X509Certificate, keyPem: string): boolean {
   }
 }
 
-function readIdentity(json: string): { deviceId: string; spiffeId: string; renewAfter: Date } {
-  const { deviceId, spiffeId, renewAfter } = JSON.parse(json) as Record<string, unknown>
+type KnownIdentity = Pick<DeviceCredentials, 'deviceId' | 'spiffeId' | 'renewAfter' | 'tokenId' | 'trustBundleId'>
+
+/** Agents before this one kept neither the token's name nor the bundle's: they are unknown then. */
+function readIdentity(json: string): KnownIdentity {
+  const {
+    deviceId,
+    spiffeId,
+    renewAfter,
+    tokenId = '',
+    trustBundleId = '',
+  } = JSON.parse(json) as Record<string, unknown>
   const renewal = new Date(String(renewAfter))
   if (typeof deviceId !== 'string' || typeof spiffeId !== 'string' || Number.isNaN(renewal.getTime())) {
     throw new RangeError('deviceId, spiffeId or renewAfter is missing')
   }
-  return { deviceId, spiffeId, renewAfter: renewal }
+  if (typeof tokenId !== 'string' || typeof trustBundleId !== 'string') throw new RangeError('not a name')
+  return { deviceId, spiffeId, renewAfter: renewal, tokenId, trustBundleId }
 }
 
 function readOr<T>(directory: string, name: string, read: () => T): T {

@@ -3,8 +3,11 @@ import { readFile } from 'node:fs/promises'
 import { platform, release } from 'node:os'
 import { Command, Option } from 'commander'
 import { z } from 'zod'
-import { type AgentEvent, runAgent } from '../agent/agent.ts'
+import { runAgent } from '../agent/agent.ts'
+import type { AgentEvent } from '../agent/events.ts'
 import { hostPosture } from '../agent/host-posture.ts'
+import { sentenceOf } from '../agent/server-clock.ts'
+import { clockOffsetSentence } from '../clock.ts'
 import { DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
 import { serverDefault } from './admin-client.ts'
 import { valueFor, wordsOf } from './enum-words.ts'
@@ -42,7 +45,8 @@ export function agentCommand(): Command {
     .addHelpText(
       'after',
       `
-The token is needed the first time only. No option takes its text: arguments show in the list of processes.
+The token is needed the first time only. No option takes its text: arguments show in the list of processes. Given
+again it changes nothing, but another token lets a device back in that was deleted or has been away for too long.
 
 The posture is measured on this machine. A file given with --posture may hold any of cpuPercent, memoryPercent,
 diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled.
@@ -78,7 +82,7 @@ async function run(options: AgentOptions): Promise<void> {
 /** One line for a person. Trouble goes to stderr, since it passes by itself or needs somebody. */
 function tell(event: AgentEvent): void {
   const at = new Date().toISOString().slice(11, 19)
-  const trouble = 'error' in event
+  const trouble = 'error' in event || event.event === 'clock-wrong'
   const line = `${at}  ${event.event.padEnd(eventWidth)}  ${sentenceFor(event)}`.trimEnd()
   if (trouble) console.error(line)
   else console.log(line)
@@ -90,7 +94,7 @@ function sentenceFor(event: AgentEvent): string {
     case 'connecting':
       return event.server
     case 'pending-approval':
-      return `an operator has to approve ${event.deviceId}`
+      return `an operator has to approve ${event.deviceId}: edgemesh device approve ${event.deviceId}`
     case 'enrolled':
     case 'resumed':
       return `${event.spiffeId}, certified until ${event.notAfter.toISOString()}`
@@ -99,17 +103,32 @@ function sentenceFor(event: AgentEvent): string {
       return `${health}; the next report is due in ${seconds(event.nextInMs)}`
     }
     case 'renewed':
+    case 'recovered':
       return `certified until ${event.notAfter.toISOString()}`
     case 'renewal-failed':
+    case 'reconnection-failed':
     case 'disconnected':
-      return `${event.error.message}; trying again in ${seconds(event.retryInMs)}`
+    case 'state-unsaved':
+      return `${sentenceOf(event.error)}; trying again in ${seconds(event.retryInMs)}`
+    case 'recovery-pending':
+      return `${sentenceOf(event.error)}; asking again until then`
+    case 'certificate-expired':
+      return `${sentenceOf(event.error)}; asking for a new one`
+    case 'identity-lost':
+      return `${sentenceOf(event.error)}; there is a new token, which is used now`
+    case 'trust-bundle-refused':
+      return sentenceOf(event.error)
+    case 'trust-bundle-changed':
+      return event.trustBundleId
     case 'policy-changed':
       return `revision ${event.revision}`
     case 'quarantined':
       return event.reason
     case 'reconnecting':
       return `in ${seconds(event.delayMs)}`
-    case 'trust-bundle-changed':
+    case 'clock-wrong':
+      return clockOffsetSentence(event.offsetMs)
+    case 'clock-right':
     case 'released':
     case 'stopped':
       return ''

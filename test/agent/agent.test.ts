@@ -3,7 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ServerDuplexStream } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
-import { type AgentEvent, runAgent } from '../../src/agent/agent.ts'
+import { runAgent } from '../../src/agent/agent.ts'
+import type { AgentEvent } from '../../src/agent/events.ts'
 import { saveState } from '../../src/agent/state.ts'
 import {
   type HeartbeatRequest,

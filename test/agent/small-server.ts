@@ -23,7 +23,8 @@ export function deviceCredentials(authority: Authority, deviceId: string, keyPem
   const spiffeId = `spiffe://edgemesh.test/device/${deviceId}`
   const leaf = issue(authority, 'client', spiffeId, keyPem)
   const renewAfter = new Date(leaf.notAfter.getTime() - hourMs / 3)
-  return { ...leaf, deviceId, spiffeId, rootsPem: authority.rootPem, renewAfter }
+  const names = { deviceId, spiffeId, tokenId: '0123456789ab', trustBundleId: 'first' }
+  return { ...leaf, ...names, rootsPem: authority.rootPem, renewAfter }
 }
 
 function issue(authority: Authority, purpose: 'client' | 'server', spiffeId: string, keyPem = createKey()) {
