@@ -11,6 +11,7 @@ import { join } from 'node:path'
 import { type Client, Metadata } from '@grpc/grpc-js'
 import type { Command } from 'commander'
 import { answerOf, type Credentials, channelTo } from '../agent/channel.ts'
+import { comparingClocks } from '../agent/server-clock.ts'
 import { AdminServiceClient, AdminServiceService } from '../gen/edgemesh/v1/admin.ts'
 import { loadCredentials } from './operator-credentials.ts'
 import { hostAndPort } from './option-values.ts'
@@ -86,7 +87,7 @@ export async function withAdmin<T>(options: ConnectionOptions, work: (admin: Adm
   const { server, credentials } = await findServer(options)
   const admin = openAdminClient(server, credentials)
   try {
-    return await work(admin)
+    return await comparingClocks(server, work(admin))
   } finally {
     admin.close()
   }

@@ -1,6 +1,7 @@
 /** `edgemesh check`: asks for a decision and explains it. */
 import { Command } from 'commander'
 import { type Answer, check } from '../agent/authorize-stream.ts'
+import { comparingClocks } from '../agent/server-clock.ts'
 import { loadState } from '../agent/state.ts'
 import { Answer as AnswerMessage } from '../gen/edgemesh/v1/authorize.ts'
 import { type ConnectionOptions, connecting, findServer, serverDefault } from './admin-client.ts'
@@ -45,12 +46,13 @@ async function ask(options: CheckOptions, command: Command): Promise<void> {
     command.error('error: give --device, or --state to ask as the device itself')
   }
   const { server, credentials } = await (options.state === undefined ? findServer(options) : findDevice(options))
-  const answer = await check({
+  const asking = check({
     server,
     credentials,
     question: { user, service, action },
     ...(options.device !== undefined && { deviceId: options.device }),
   })
+  const answer = await comparingClocks(server, asking)
   // A denial has an explicit `allowed` too, which the JSON of the proto leaves out.
   if (options.json)
     console.log(JSON.stringify({ allowed: answer.allowed, ...(AnswerMessage.toJSON(answer) as object) }))

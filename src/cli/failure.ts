@@ -6,7 +6,9 @@
  */
 import { CommanderError } from 'commander'
 import { describeCallError, isCallError } from '../agent/channel.ts'
+import { sentenceOf } from '../agent/server-clock.ts'
 import { SettingsError } from '../settings.ts'
+import { hintFor } from './hints.ts'
 
 /** A command can't do what was asked. The message is lower case and has no full stop. */
 export class CommandFailure extends Error {
@@ -28,11 +30,8 @@ export function describeFailure(error: unknown): { message: string; hint?: strin
     }))
   }
   if (isCallError(error)) {
-    const { code, reason, message, retryAfterMs } = describeCallError(error)
-    const retry = retryAfterMs === undefined ? undefined : `try again in ${Math.ceil(retryAfterMs / 1_000)} s`
-    // gRPC ends with a heading that it has nothing to put under.
-    const told = lowerFirst(message).replace(/\.? Resolution note:\s*$/, '')
-    return [{ message: told, ...withHint(hints[reason] ?? retry ?? hints[code]) }]
+    const described = describeCallError(error)
+    return [{ message: lowerFirst(sentenceOf(described)), ...withHint(hintFor(described)) }]
   }
   if (error instanceof AggregateError && error.errors.length > 0) return describeFailure(error.errors[0])
   if (error instanceof Error) {
@@ -60,24 +59,6 @@ export function exitCodeOf(error: unknown): number {
   if (!(error instanceof CommanderError)) return 1
   // Help and version that were asked for. Help that was not, because a command is missing, has a code of its own.
   return error.code === 'commander.helpDisplayed' || error.code === 'commander.version' ? 0 : 2
-}
-
-const anotherToken = 'make another with: edgemesh token create'
-
-/** By the reason that the server gives, or where that is not here, by the canonical code. */
-const hints: Readonly<Record<string, string>> = {
-  TOKEN_UNKNOWN: anotherToken,
-  TOKEN_EXPIRED: anotherToken,
-  TOKEN_REVOKED: anotherToken,
-  TOKEN_USED_UP: anotherToken,
-  TOKEN_MALFORMED: anotherToken,
-  TOKEN_MISSING: 'make one with: edgemesh token create',
-  DEVICE_REVOKED: 'enroll it anew: another --state folder, another --id',
-  DEVICE_EXISTS: 'give the device another id, or remove the one that has it',
-  UNAUTHENTICATED: 'these credentials may be for another server, revoked or expired',
-  PERMISSION_DENIED: 'use credentials of an operator whose role permits it: --credentials FOLDER',
-  UNAVAILABLE: 'see that the server runs and that --server names it; npm start starts one',
-  DEADLINE_EXCEEDED: 'see that the server runs and that --server names it',
 }
 
 function withHint(hint: string | undefined): { hint?: string } {
