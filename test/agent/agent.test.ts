@@ -1,69 +1,80 @@
-import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ServerDuplexStream } from '@grpc/grpc-js'
-import test, { type ExecutionContext } from 'ava'
+import test from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
-import type { AgentEvent } from '../../src/agent/events.ts'
-import { saveState } from '../../src/agent/state.ts'
+import { openSession } from '../../src/agent/session.ts'
+import { systemClock } from '../../src/clock.ts'
 import {
   type HeartbeatRequest,
-  HeartbeatResponse,
+  type HeartbeatResponse,
   HeartbeatServiceService,
 } from '../../src/gen/edgemesh/v1/heartbeat.ts'
+import { fleetServer, type Kind } from './fleet-server.ts'
+import { startAgent } from './running-agent.ts'
 import { deviceCredentials, serve, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()
+const alpha = deviceCredentials(authority, 'alpha')
 
-type Kind = NonNullable<HeartbeatResponse['directives'][number]['kind']>
-
-/** Runs an enrolled agent against a server that answers each report with the next of `directives`. */
-async function run(t: ExecutionContext, directives: Kind[], onEvent: (event: AgentEvent, stop: () => void) => void) {
-  const stateDirectory = await mkdtemp(join(tmpdir(), 'edgemesh-agent-'))
-  t.teardown(() => rm(stateDirectory, { recursive: true }))
-  await saveState(stateDirectory, deviceCredentials(authority, 'alpha'))
+/** A server that answers the reports of all streams with these, one after the other. */
+function asking(...directives: Kind[]) {
   const left = [...directives]
-  const heartbeat = (call: ServerDuplexStream<HeartbeatRequest, HeartbeatResponse>) => {
-    call.on('data', ({ sequence }) => {
-      const kind = left.shift()
-      const answer = { acknowledgedSequence: sequence, nextInterval: { seconds: 0, nanos: 1 } }
-      call.write(HeartbeatResponse.fromPartial({ ...answer, directives: kind ? [{ kind }] : [] }))
-    })
-    call.on('end', () => call.end())
+  return {
+    answer: () => {
+      const next = left.shift()
+      return { directives: next ? [next] : [] }
+    },
   }
-  const server = await serve(t, authority, [[HeartbeatServiceService, { heartbeat }]])
-  const stopping = new AbortController()
-  const log = (event: AgentEvent) => onEvent(event, () => stopping.abort())
-  const posture = async () => ({ diskEncrypted: true })
-  return runAgent({ server, stateDirectory, device: {}, posture, log, signal: stopping.signal, random: () => 0 })
 }
 
 test('an enrolled device reports, goes elsewhere when it is asked to, and stops when it is told to', async t => {
-  const events: string[] = []
+  const { address } = await fleetServer(t, authority, asking({ $case: 'reconnect', value: { delay: undefined } }))
   let reports = 0
-  await run(t, [{ $case: 'reconnect', value: { delay: undefined } }], ({ event }, stop) => {
-    events.push(event)
+  const agent = await startAgent(t, { server: address }, alpha, ({ event }, { stop }) => {
     if (event === 'reported' && ++reports === 2) stop()
   })
-  t.deepEqual(events, ['resumed', 'connecting', 'reported', 'reconnecting', 'connecting', 'reported', 'stopped'])
+  await agent.done
+  t.deepEqual(agent.told(), ['resumed', 'connecting', 'reported', 'reconnecting', 'connecting', 'reported', 'stopped'])
 })
 
 test('the log says once that a device is quarantined, and once that it is released', async t => {
-  const events: string[] = []
   const quarantined: Kind = { $case: 'quarantined', value: { reason: 'lost' } }
-  await run(t, [quarantined, quarantined], ({ event }, stop) => {
-    events.push(event)
+  const { address } = await fleetServer(t, authority, asking(quarantined, quarantined))
+  const agent = await startAgent(t, { server: address }, alpha, ({ event }, { stop }) => {
     if (event === 'released') stop()
   })
+  await agent.done
   t.deepEqual(
-    events.filter(event => event === 'quarantined' || event === 'released'),
+    agent.told().filter(event => event === 'quarantined' || event === 'released'),
     ['quarantined', 'released'],
   )
 })
 
+test('what is pushed between two reports is told at once', async t => {
+  const server = await fleetServer(t, authority)
+  const agent = await startAgent(t, { server: server.address, timer: unhurried() }, alpha, ({ event }, { stop }) => {
+    if (event === 'reported') server.streams[0]?.send({ $case: 'quarantined', value: { reason: 'lost' } })
+    if (event === 'quarantined') server.streams[0]?.send({ $case: 'released', value: {} })
+    if (event === 'released') server.streams[0]?.send({ $case: 'policyChanged', value: { revision: '7' } })
+    if (event === 'policy-changed') stop()
+  })
+  await agent.done
+  t.deepEqual(agent.told(), [
+    'resumed',
+    'connecting',
+    'reported',
+    'quarantined',
+    'released',
+    'policy-changed',
+    'stopped',
+  ])
+})
+
 test('a revoked device ends with an error that says what to do', async t => {
-  const running = run(t, [{ $case: 'revoked', value: { reason: 'stolen' } }], () => {})
-  const error = await t.throwsAsync(running, { message: /has been revoked \(stolen\).*enroll it under another id/ })
+  const { address } = await fleetServer(t, authority, asking({ $case: 'revoked', value: { reason: 'stolen' } }))
+  const { done } = await startAgent(t, { server: address }, alpha)
+  const error = await t.throwsAsync(done, { message: /has been revoked \(stolen\).*enroll it under another id/ })
   t.like(error, { reason: 'DEVICE_REVOKED' })
 })
 
@@ -74,3 +85,35 @@ test('a device that is not enrolled and has no token says so', async t => {
   const running = runAgent({ server: 'localhost:1', stateDirectory, device: {}, posture, log: () => {}, signal })
   await t.throwsAsync(running, { message: /there is no token to enroll with/ })
 })
+
+test('a server that takes reports and acknowledges none is taken to be gone', async t => {
+  const heartbeat = (call: ServerDuplexStream<HeartbeatRequest, HeartbeatResponse>) => {
+    call.resume()
+    call.on('end', () => call.end())
+  }
+  const server = await serve(t, authority, [[HeartbeatServiceService, { heartbeat }]])
+  const session = openSession({
+    server,
+    credentials: alpha,
+    trustBundleId: () => '',
+    onDirective: () => {},
+    wake: () => {},
+    clock: systemClock,
+    acknowledgementTimeoutMs: 20,
+  })
+  const error = await t.throwsAsync(session.report({}, new AbortController().signal))
+  t.like(error, { reason: 'SERVER_SILENT', message: 'a report was not acknowledged within 0.02 s' })
+  await session.close()
+})
+
+/** Waits until it is woken, and not a moment longer: nothing comes due. */
+function unhurried() {
+  return {
+    uptime: () => 0,
+    sleep: (ms: number, signal: AbortSignal) =>
+      new Promise<void>(resolve => {
+        if (ms === 0 || signal.aborted) resolve()
+        signal.addEventListener('abort', () => resolve())
+      }),
+  }
+}
