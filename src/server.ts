@@ -307,6 +307,8 @@ async function compose(
     port: settings.api.port,
     trustDomain,
     identity: serverCertificate.current(),
+    trustedProxies: settings.api.trustedProxies,
+    onProxyHeader: metrics.proxyHeader,
     log,
   })
   const openedPort = port

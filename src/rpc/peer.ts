@@ -8,9 +8,10 @@ import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
 import { describeCertificate } from '../identity/certificates.ts'
+import { plainAddress } from './address.ts'
 
 export type Peer = {
-  /** Source IP address. */
+  /** The client's IP address, also behind a trusted proxy. */
   address: string
   /** The verified identity, or why there is none. */
   identity: Identified | PeerRefusal
@@ -18,9 +19,13 @@ export type Peer = {
 
 export type PeerRefusal = { refused: string; message: string }
 
-/** Reads the peer of a socket whose handshake has just finished. */
-export function readPeer(socket: TLSSocket, trustDomain: string): Peer {
-  return { address: plainAddress(socket.remoteAddress ?? ''), identity: readIdentity(socket, trustDomain) }
+/**
+ * Reads the peer of a socket whose handshake has just finished.
+ *
+ * @param address the client's own, where a proxy has told it
+ */
+export function readPeer(socket: TLSSocket, trustDomain: string, address = socket.remoteAddress ?? ''): Peer {
+  return { address: plainAddress(address), identity: readIdentity(socket, trustDomain) }
 }
 
 /** @throws Fault UNAUTHENTICATED with the reason why the peer has no identity, or has it no longer */
@@ -89,9 +94,4 @@ function readIdentity(socket: TLSSocket, trustDomain: string): Identified | Peer
     role: spiffeId.kind === 'operator' ? (described.organizationalUnit ?? '') : '',
     publicKeySha256: described.publicKeySha256,
   }
-}
-
-/** IPv4 addresses arrive mapped into IPv6 on a dual-stack socket. */
-function plainAddress(address: string): string {
-  return address.startsWith('::ffff:') ? address.slice('::ffff:'.length) : address
 }

@@ -4,13 +4,17 @@
  * We own the TLS layer and hand finished connections to grpc-js. So the peer is read once a connection instead of once
  * a message, calls without a certificate arrive and can be refused one by one with a reason, and the server's
  * certificate changes without a restart: new handshakes get the new one, open connections stay.
+ *
+ * Where there are trusted proxies, what they say of their clients is read in front of TLS.
  */
 import { constants } from 'node:crypto'
-import type { AddressInfo, Socket } from 'node:net'
+import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
 import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
 import type { Log } from '../telemetry/log.ts'
+import { addressList, plainAddress } from './address.ts'
 import { type Peer, readPeer } from './peer.ts'
+import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
 
 /** PEM. `ca` is what clients' certificates are verified against. */
 export type ServerIdentity = { key: string; cert: string; ca: string[] }
@@ -36,10 +40,15 @@ export async function openPort(options: {
   port: number
   trustDomain: string
   identity: ServerIdentity
+  /** Networks from which connections begin with a PROXY protocol header. */
+  trustedProxies: readonly string[]
+  onProxyHeader: (outcome: 'read' | ProxyHeaderFailure) => void
   log: Log
 }): Promise<Port> {
   const { server, trustDomain, log } = options
   const peers = new Map<string, Peer>()
+  /** What proxies have said of their clients, by the connection's own address as in `peers`. */
+  const clientAddresses = new Map<string, string>()
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure())
   const tls = createServer({
     ...contextOf(options.identity),
@@ -48,19 +57,49 @@ export async function openPort(options: {
     ALPNProtocols: ['h2'],
     handshakeTimeout: handshakeTimeoutMs,
   })
-  tls.maxConnections = connectionsMax
-  /** All of them, also those whose handshake is not over: nobody else would end these. */
+  const listener = options.trustedProxies.length === 0 ? tls : createTcpServer(acceptBehindProxies)
+  listener.maxConnections = connectionsMax
+  /** All of them, also those whose header or handshake is not over: nobody else would end these. */
   const sockets = new Set<Socket>()
-  tls.on('connection', (socket: Socket) => {
+  listener.on('connection', (socket: Socket) => {
     sockets.add(socket)
     socket.on('close', () => sockets.delete(socket))
   })
 
+  const isTrustedProxy = addressList(options.trustedProxies)
+  function acceptBehindProxies(socket: Socket): void {
+    // A header of anybody else is the garbage that TLS takes it for.
+    if (!isTrustedProxy(plainAddress(socket.remoteAddress ?? ''))) tls.emit('connection', socket)
+    else void acceptFromProxy(socket)
+  }
+
+  async function acceptFromProxy(socket: Socket): Promise<void> {
+    const key = keyOf(socket)
+    try {
+      const header = await takeProxyHeader(socket)
+      if (!header) return
+      options.onProxyHeader('read')
+      if (header.clientAddress) {
+        clientAddresses.set(key, header.clientAddress)
+        socket.on('close', () => clientAddresses.delete(key))
+      }
+      tls.emit('connection', socket)
+    } catch (error) {
+      socket.destroy()
+      if (error instanceof ProxyHeaderError) {
+        options.onProxyHeader(error.failure)
+        log.debug({ err: error, address: key }, 'a trusted proxy sent no PROXY protocol header')
+      } else {
+        log.error({ err: error, address: key }, 'a connection of a trusted proxy could not be accepted')
+      }
+    }
+  }
+
   tls.on('secureConnection', socket => {
-    const key = `${socket.remoteAddress}:${socket.remotePort}`
+    const key = keyOf(socket)
     let peer: Peer
     try {
-      peer = readPeer(socket, trustDomain)
+      peer = readPeer(socket, trustDomain, clientAddresses.get(key))
     } catch (error) {
       log.warn({ err: error, address: key }, 'a client certificate could not be read')
       socket.destroy()
@@ -73,31 +112,36 @@ export async function openPort(options: {
     injector.injectConnection(socket)
   })
   tls.on('tlsClientError', (error, socket) => {
-    log.debug({ err: error, address: socket.remoteAddress }, 'TLS handshake failed')
+    log.debug({ err: error, address: keyOf(socket) }, 'TLS handshake failed')
   })
 
   await new Promise<void>((resolve, reject) => {
-    tls.once('error', reject)
-    tls.listen(options.port, options.host, () => {
-      tls.off('error', reject)
+    listener.once('error', reject)
+    listener.listen(options.port, options.host, () => {
+      listener.off('error', reject)
       resolve()
     })
   })
-  tls.on('error', error => log.error({ err: error }, 'the port failed'))
+  listener.on('error', error => log.error({ err: error }, 'the port failed'))
 
   return {
-    port: (tls.address() as AddressInfo).port,
+    port: (listener.address() as AddressInfo).port,
     peer: address => peers.get(address),
     useIdentity: identity => tls.setSecureContext(contextOf(identity)),
     connections: () => peers.size,
     async close(graceMs) {
-      const closed = new Promise<void>(resolve => tls.close(() => resolve()))
+      const closed = new Promise<void>(resolve => listener.close(() => resolve()))
       injector.drain(graceMs)
       await Promise.race([closed, new Promise(resolve => setTimeout(resolve, graceMs + 500).unref())])
       injector.destroy()
       for (const socket of sockets) socket.destroy()
     },
   }
+}
+
+/** Names a connection, in the words of `call.getPeer()`. */
+function keyOf(socket: Socket): string {
+  return `${socket.remoteAddress}:${socket.remotePort}`
 }
 
 function contextOf({ key, cert, ca }: ServerIdentity): SecureContextOptions {

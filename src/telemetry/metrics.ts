@@ -30,6 +30,8 @@ export type Metrics = {
   connection(service: string, status: string): void
   /** An RPC has ended with this canonical code. The method is one of ours: unknown ones are the caller's words. */
   call(method: string, code: string): void
+  /** A trusted proxy has opened a connection: its header was `read`, or was `malformed` or `late`. */
+  proxyHeader(outcome: string): void
   /** A batch of audit rows has been committed. */
   auditCommit(rows: number, seconds: number): void
   /** Adds sources that are read at each scrape. Without a source there is no series. */
@@ -82,6 +84,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     'status',
   ])
   const calls = tally(meter, 'edgemesh_calls_total', 'RPCs by method and status code', ['method', 'code'])
+  const proxyHeaders = tally(meter, 'edgemesh_proxy_headers_total', 'PROXY protocol headers by outcome', ['outcome'])
   const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
   const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
     description: 'Time from request to decision',
@@ -112,6 +115,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     heartbeat: (count = 1) => heartbeats(count),
     connection: (service, status) => connections(1, service, status),
     call: (method, code) => calls(1, method, code),
+    proxyHeader: outcome => proxyHeaders(1, outcome),
     auditCommit(rows, seconds) {
       auditRows(rows)
       commitSeconds.record(seconds)
