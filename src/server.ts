@@ -42,9 +42,10 @@ import { createRotation } from './identity/rotation.ts'
 import { keepServerCertificate } from './identity/server-certificate.ts'
 import { createStanding } from './identity/standing.ts'
 import { createTrustBundleSource } from './identity/trust-bundle.ts'
+import { networkOf } from './rpc/address.ts'
 import { createDispatch } from './rpc/dispatch.ts'
 import { enforceStanding } from './rpc/enforcement.ts'
-import { rateLimit } from './rpc/limits.ts'
+import { anonymousLimit, rateLimit, sharedRateLimit, sweepRateLimits } from './rpc/limits.ts'
 import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
 import type { Settings } from './settings.ts'
@@ -263,6 +264,9 @@ async function compose(
     if (keys.some(key => key.startsWith('crl:'))) trustBundle.invalidate()
   })
   const challenges = createChallenges({ secret: settings.identity.enrollmentTokenSecret, clock })
+  const { enrollments } = settings.rateLimits
+  const limitEnrollments = sharedRateLimit(db.pool, 'RATE_LIMIT_ENROLLMENTS', 'address', enrollments)
+  stops.push(sweepRateLimits(db.pool, log))
   const enrollDeps: EnrollDeps = {
     db,
     issuance,
@@ -272,7 +276,7 @@ async function compose(
     tokenSecret: settings.identity.enrollmentTokenSecret,
     certValidityMs,
     clock,
-    limit: rateLimit('RATE_LIMIT_ENROLLMENTS', settings.rateLimits.enrollments),
+    limit: address => limitEnrollments(networkOf(address)),
     onEnrollment: metrics.enrollment,
   }
   const health = addServices(
@@ -280,6 +284,7 @@ async function compose(
     {
       enroll: createEnroll(enrollDeps),
       challenges,
+      limitAnonymous: anonymousLimit('RATE_LIMIT_ENROLLMENTS', enrollments),
       renewCertificate: createRenew(enrollDeps),
       trustBundle,
       heartbeats,

@@ -21,6 +21,8 @@ import type { Access, Dispatch, MethodHandler } from './dispatch.ts'
 export type Handlers = {
   enroll: ReturnType<typeof createEnroll>
   challenges: Challenges
+  /** For calls that anyone may make. @throws Fault RESOURCE_EXHAUSTED when an address makes them too often */
+  limitAnonymous: (call: Call) => Promise<void>
   renewCertificate: ReturnType<typeof createRenew>
   trustBundle: TrustBundleSource
   heartbeats: Heartbeats
@@ -39,16 +41,23 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
   dispatch.add(
     EnrollServiceService as unknown as ServiceDefinition,
     {
-      getChallenge: { kind: 'unary', access: 'anyone', handle: async () => handlers.challenges.give() },
+      getChallenge: {
+        kind: 'unary',
+        access: 'anyone',
+        async handle(_request, call) {
+          await handlers.limitAnonymous(call)
+          return handlers.challenges.give()
+        },
+      },
       enroll: { kind: 'serverStream', access: 'anyone', handle: handlers.enroll },
       renewCertificate: { kind: 'unary', access: 'device', handle: handlers.renewCertificate },
       getTrustBundle: {
         kind: 'unary',
         access: 'anyone',
-        handle: async () => ({
-          trustBundle: await handlers.trustBundle.current(),
-          serverTime: new Date(clock()),
-        }),
+        async handle(_request, call) {
+          await handlers.limitAnonymous(call)
+          return { trustBundle: await handlers.trustBundle.current(), serverTime: new Date(clock()) }
+        },
       },
     },
     'identified',

@@ -1,0 +1,81 @@
+/** RATE_LIMIT_ENROLLMENTS on real servers: across instances, by the client's own address. */
+import test, { type ExecutionContext } from 'ava'
+import {
+  clientsOf,
+  type EdgeMesh,
+  enrollOnce,
+  newKey,
+  type Refusal,
+  refusal,
+  refused,
+  startEdgeMesh,
+  startSecondInstance,
+  unary,
+} from '../support/edgemesh.ts'
+import { line } from '../support/proxy-header.ts'
+import { relay } from '../support/relay.ts'
+
+const balancer = '127.0.0.9'
+
+/** A client whose connection comes from `address`, as a trusted proxy tells it. */
+async function clientFrom(t: ExecutionContext, { server, anonymous }: EdgeMesh, address: string) {
+  const family = address.includes(':') ? 'TCP6 %s ::1' : 'TCP4 %s 10.0.0.1'
+  const header = line(`PROXY ${family.replace('%s', address)} 56324 443`)
+  const port = await relay(t, server.apiPort, { from: balancer, pieces: [header] })
+  return clientsOf(t, `127.0.0.1:${port}`, anonymous).enroll
+}
+
+async function refusalsOf(enrollments: Promise<unknown>[]): Promise<Refusal[]> {
+  const settled = await Promise.allSettled(enrollments)
+  return settled.flatMap(call => (call.status === 'rejected' ? [refusal(call.reason)] : []))
+}
+
+test('of fifty enrollments that race at two instances, ten are let through; nobody else is held up', async t => {
+  const env = { RATE_LIMIT_ENROLLMENTS: '10/minute', TRUSTED_PROXIES: balancer }
+  const one = await startEdgeMesh(t, env)
+  const instances = [one, await startSecondInstance(t, one, env)]
+  const token = await one.token({ usesMax: 100 })
+  const storm = await Promise.all(instances.map(instance => clientFrom(t, instance, '203.0.113.7')))
+  const racing = Array.from({ length: 50 }, (_, at) => enrollOnce(storm[at % 2] as (typeof storm)[0], token, newKey()))
+  const refusals = await refusalsOf(racing)
+
+  t.is(refusals.length, 40)
+  for (const { code, reason, retryAfterMs } of refusals) {
+    t.deepEqual([code, reason], ['RESOURCE_EXHAUSTED', 'RATE_LIMITED'])
+    t.true(retryAfterMs !== undefined && retryAfterMs > 0 && retryAfterMs <= 60_000)
+  }
+  const { rows } = await one.pool.query('select count(*)::int as devices from devices')
+  t.is(rows[0].devices, 10)
+  const { rows: audited } = await one.pool.query(
+    "select count(*)::int as refused from audit_events where reason = 'RATE_LIMITED' and source_address = '203.0.113.7'",
+  )
+  t.is(audited[0].refused, 40, 'each refusal is on record')
+
+  for (const instance of instances) {
+    await enrollOnce(await clientFrom(t, instance, '203.0.113.8'), token, newKey())
+  }
+})
+
+test('an attempt counts whatever becomes of it, and the addresses of one IPv6 network count together', async t => {
+  const mesh = await startEdgeMesh(t, { RATE_LIMIT_ENROLLMENTS: '2/hour', TRUSTED_PROXIES: balancer })
+  const attempt = async (address: string) =>
+    (await refused(enrollOnce(await clientFrom(t, mesh, address), 'em1.wrong', newKey()))).reason
+  t.is(await attempt('2001:db8:0:1::1'), 'TOKEN_MALFORMED')
+  t.is(await attempt('2001:db8:0:1:ffff::2'), 'TOKEN_MALFORMED')
+  t.is(await attempt('2001:db8:0:1::3'), 'RATE_LIMITED')
+  t.is(await attempt('2001:db8:0:2::3'), 'TOKEN_MALFORMED')
+})
+
+test('who floods the calls that anyone may make is refused; a device with its certificate is not', async t => {
+  const mesh = await startEdgeMesh(t, { RATE_LIMIT_ENROLLMENTS: '1/minute', TRUSTED_PROXIES: balancer })
+  const device = await mesh.enroll()
+  const flood = await clientFrom(t, mesh, '203.0.113.7')
+  for (const method of ['getChallenge', 'getTrustBundle'] as const) {
+    const refusals = await refusalsOf(Array.from({ length: 30 }, () => unary(flood, method, {})))
+    t.true(refusals.length >= 10)
+    for (const { code, reason } of refusals) t.deepEqual([code, reason], ['RESOURCE_EXHAUSTED', 'RATE_LIMITED'])
+  }
+  await unary(await clientFrom(t, mesh, '203.0.113.8'), 'getChallenge', {})
+  const own = mesh.clients(device).enroll
+  await Promise.all(Array.from({ length: 30 }, () => unary(own, 'getTrustBundle', {})))
+})
