@@ -9,6 +9,7 @@ import { createPublicKey, hash, type KeyObject, verify } from 'node:crypto'
 import { Fault } from '../fault.ts'
 import { DerError, type DerNode, decodeDer, nullValue, oid, oidText, sequence, tags } from './der.ts'
 import { decodePem } from './pem.ts'
+import { weaknessOfModulus } from './rsa-modulus.ts'
 
 export type KeyType = 'P-256' | 'P-384' | 'Ed25519' | 'RSA'
 
@@ -188,7 +189,7 @@ function bytesOf(node: DerNode): Buffer {
 
 function checkKey(spki: DerNode): { keyType: KeyType; publicKey: KeyObject } {
   const [algorithm, key] = parts(spki, tags.sequence, tags.bitString)
-  bytesOf(key)
+  const keyBytes = bytesOf(key)
   const allowed = allowedKeys.find(row => row.algorithm.equals(algorithm.der))
   if (allowed === undefined) {
     const name = nameOf(algorithm)
@@ -201,7 +202,7 @@ function checkKey(spki: DerNode): { keyType: KeyType; publicKey: KeyObject } {
     throw refusal('CSR_KEY_UNSUPPORTED', `a ${allowed.keyType} key in another form than the plain one (uncompressed)`)
   }
   const publicKey = importKey(spki)
-  if (allowed.keyType === 'RSA') checkRsaKey(publicKey, spki)
+  if (allowed.keyType === 'RSA') checkRsaKey(publicKey, spki, keyBytes)
   return { keyType: allowed.keyType, publicKey }
 }
 
@@ -214,7 +215,7 @@ function importKey(spki: DerNode): KeyObject {
   }
 }
 
-function checkRsaKey(publicKey: KeyObject, spki: DerNode): void {
+function checkRsaKey(publicKey: KeyObject, spki: DerNode, keyBytes: Buffer): void {
   const { modulusLength = 0, publicExponent = 0n } = publicKey.asymmetricKeyDetails ?? {}
   if (modulusLength < rsaBitsMin) {
     throw refusal('CSR_KEY_WEAK', `an RSA key of ${modulusLength} bits; make one of at least ${rsaBitsMin}, or P-256`)
@@ -232,6 +233,10 @@ function checkRsaKey(publicKey: KeyObject, spki: DerNode): void {
   if (!publicKey.export({ format: 'der', type: 'spki' }).equals(spki.der)) {
     throw refusal('CSR_MALFORMED', 'the RSA public key is not in DER')
   }
+  // RFC 8017 appendix A.1.1: RSAPublicKey is the modulus and the exponent.
+  const [modulus] = decodeDer(keyBytes).children
+  const weakness = weaknessOfModulus(BigInt(`0x${modulus!.contents.toString('hex')}`))
+  if (weakness !== undefined) throw refusal('CSR_KEY_WEAK', `an RSA key ${weakness}; make another, or P-256`)
 }
 
 function checkSignatureAlgorithm(algorithm: DerNode, keyType: KeyType): { digest: string | null } {

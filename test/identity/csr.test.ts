@@ -59,7 +59,12 @@ const refused: Record<string, string> = {
   secp256k1: 'CSR_KEY_UNSUPPORTED',
 
   'rsa-1024': 'CSR_KEY_WEAK',
+  'rsa-close-primes': 'CSR_KEY_WEAK',
+  'rsa-even-modulus': 'CSR_KEY_WEAK',
   'rsa-exponent-3': 'CSR_KEY_WEAK',
+  'rsa-roca': 'CSR_KEY_WEAK',
+  'rsa-same-prime-twice': 'CSR_KEY_WEAK',
+  'rsa-small-factor': 'CSR_KEY_WEAK',
 
   'ecdsa-sha1-signature': 'CSR_ALGORITHM_WEAK',
   'rsa-md5-signature': 'CSR_ALGORITHM_WEAK',
@@ -91,6 +96,20 @@ for (const [name, reason] of Object.entries(refused)) {
     const fault = t.throws(() => checkCsr(read(name)), { instanceOf: Fault })!
     t.like(fault, { code: 'INVALID_ARGUMENT', reason })
     t.is(fault.violations[0]?.field, 'csr')
+  })
+}
+
+const weaknesses: Record<string, RegExp> = {
+  'rsa-close-primes': /close to each other/,
+  'rsa-even-modulus': /even modulus/,
+  'rsa-roca': /CVE-2017-15361/,
+  'rsa-same-prime-twice': /close to each other/,
+  'rsa-small-factor': /divisible by 751/,
+}
+
+for (const [name, sentence] of Object.entries(weaknesses)) {
+  test(`whoever sends ${name} is told what is wrong with the key`, t => {
+    t.regex(t.throws(() => checkCsr(read(name)), { instanceOf: Fault })?.message ?? '', sentence)
   })
 }
 

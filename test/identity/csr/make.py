@@ -6,7 +6,10 @@ signature is good unless the name says otherwise. Those named `valid-…` have n
 thrown away, so every run changes every file.
 """
 import base64
+import hashlib
+import math
 import os
+import secrets
 import subprocess
 import tempfile
 
@@ -62,6 +65,68 @@ def by_hand(spki=None, version=b'\0', attributes=b'', subject=tlv(0x30), algorit
     return signed(tlv(0x30, tlv(0x02, version), subject, spki, tlv(0xa0, attributes)), algorithm)
 
 
+def is_prime(number):
+    """Miller and Rabin's test, for odd numbers above 60."""
+    if any(number % small == 0 for small in primes_below(60)):
+        return False
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for _ in range(40):
+        powers = [pow(secrets.randbelow(number - 3) + 2, odd, number)]
+        while len(powers) < twos:
+            powers.append(powers[-1] ** 2 % number)
+        if powers[0] != 1 and number - 1 not in powers:
+            return False
+    return True
+
+
+def primes_below(bound):
+    return [number for number in range(2, bound) if all(number % smaller for smaller in range(2, number))]
+
+
+def new_prime(bits):
+    """With its two upper bits set, so that the product of two has all the bits."""
+    while True:
+        candidate = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        if candidate % 65537 != 1 and is_prime(candidate):
+            return candidate
+
+
+def next_prime(number):
+    number += 2
+    while number % 65537 == 1 or not is_prime(number):
+        number += 2
+    return number
+
+
+def roca_prime(bits):
+    """As the library of CVE-2017-15361 made them: k * M + (65537 ** a mod M), M the product of the first 126 primes."""
+    product = math.prod(primes_below(702))
+    while True:
+        start = secrets.randbits(bits) | 3 << (bits - 2)
+        candidate = start - start % product + pow(65537, secrets.randbits(128), product)
+        if candidate.bit_length() == bits and candidate % 65537 != 1 and is_prime(candidate):
+            return candidate
+
+
+def integer(number):
+    return tlv(0x02, number.to_bytes(number.bit_length() // 8 + 1, 'big'))
+
+
+def rsa_request(p, q):
+    """For the key whose modulus is p * q, and signed by it (RFC 8017 section 8.2): openssl would make no such key."""
+    modulus, size = p * q, ((p * q).bit_length() + 7) // 8
+    sha256_with_rsa, rsa = (bytes.fromhex(f'300d06092a864886f70d0101{last}0500') for last in ('0b', '01'))
+    public_key = tlv(0x30, integer(modulus), integer(65537))
+    info = tlv(0x30, tlv(0x02, b'\0'), tlv(0x30), tlv(0x30, rsa, tlv(0x03, b'\0', public_key)), tlv(0xa0))
+    digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + hashlib.sha256(info).digest()
+    padded = b'\0\1' + b'\xff' * (size - 3 - len(digest_info)) + b'\0' + digest_info
+    private_exponent = pow(65537, -1, (p - 1) * (q if p == q else q - 1))
+    signature = pow(int.from_bytes(padded, 'big'), private_exponent, modulus).to_bytes(size, 'big')
+    return tlv(0x30, info, sha256_with_rsa, tlv(0x03, b'\0', signature))
+
+
 # Nothing wrong.
 for name, algorithm in {
     'p256': P256,
@@ -90,6 +155,12 @@ new_key('RSA', '-pkeyopt', 'rsa_keygen_bits:2048', '-pkeyopt', 'rsa_keygen_pubex
 write('rsa-exponent-3.pem', request())
 new_key('RSA', '-pkeyopt', 'rsa_keygen_bits:2048', '-pkeyopt', 'rsa_keygen_pubexp:1099511627791')
 write('rsa-exponent-of-41-bits.pem', request())
+p = new_prime(1024)
+write('rsa-close-primes.pem', rsa_request(p, next_prime(p + (1 << 500))))
+write('rsa-same-prime-twice.pem', rsa_request(p, p))
+write('rsa-small-factor.pem', rsa_request(751, new_prime(2038)))
+write('rsa-even-modulus.pem', rsa_request(2, new_prime(2047)))
+write('rsa-roca.pem', rsa_request(roca_prime(1024), roca_prime(1024)))
 new_key('RSA-PSS', '-pkeyopt', 'rsa_keygen_bits:2048')
 write('rsa-pss-key.pem', request())
 for name, curve in {'p521': 'P-521', 'secp256k1': 'secp256k1', 'brainpool-p256': 'brainpoolP256r1'}.items():
