@@ -43,7 +43,9 @@ default role := "unknown"
 role := input.operator.role if is_string(input.operator.role)
 
 # Everyone may look. Operators also run the fleet from day to day. The rest (users, services, grants, the certificate
-# authority, settings) is for administrators, and so is whatever method is added later until it is named here.
+# authority, settings) is for administrators, and so is whatever method is added later until it is named here. So is
+# deleting a device: revoking keeps it out and can be done at any hour of the night, deleting gives its name away to
+# whoever enrolls under it next.
 permitted_roles contains "admin"
 
 permitted_roles contains some_role if {

@@ -78,11 +78,26 @@ text(value) := json.marshal(value) if is_boolean(value)
 
 device_is_active if input.device.status == "active"
 
+# Each status has a reason of its own: a device has to know whether to wait for an operator or to give up.
+other_statuses := {
+	"pending": {"code": "DEVICE_PENDING", "message": "The device waits for an operator to approve it."},
+	"quarantined": {"code": "DEVICE_QUARANTINED", "message": "The device is quarantined until an operator releases it."},
+	"revoked": {"code": "DEVICE_REVOKED", "message": "The device has been revoked."},
+	"unknown": {"code": "DEVICE_UNKNOWN", "message": "There is no such device, or no longer."},
+}
+
+status_is_known if input.device.status in object.keys(other_statuses)
+
+refusals contains reason(status.code, "device.status", input.device.status, "active", status.message) if {
+	status := other_statuses[input.device.status]
+}
+
 refusals contains reason(
 	"DEVICE_NOT_ACTIVE", "device.status", object.get(input, ["device", "status"], null), "active",
 	"The device is not in the active state.",
 ) if {
 	not device_is_active
+	not status_is_known
 }
 
 device_is_authenticated if input.device.authenticated == true

@@ -102,8 +102,7 @@ function inputOf({ deviceId, action }: AccessQuestion, ground: Ground, maxAgeMs:
     device: {
       id: deviceId,
       type: device?.type ?? 'unspecified',
-      // A device that is not (or no longer) there is as good as revoked.
-      status: device?.status ?? 'revoked',
+      status: device?.status ?? 'unknown',
       labels: device?.labels ?? {},
       // Nobody gets here without a live certificate; an operator asks as if the device did.
       authenticated: device !== undefined,

@@ -29,7 +29,8 @@ export type AuthzInput = {
   device: {
     id: string
     type: string
-    status: 'active' | 'pending' | 'quarantined' | 'revoked'
+    /** `unknown`: there is no such device, or no longer. */
+    status: 'active' | 'pending' | 'quarantined' | 'revoked' | 'unknown'
     labels: Record<string, string>
     authenticated: boolean
     /** null: the device has never reported. */

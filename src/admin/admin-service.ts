@@ -42,7 +42,7 @@ type AdminHandlers = {
     : never
 }
 
-/** Methods without a handler are answered UNIMPLEMENTED: approving and deleting devices, tailing audit, rotation. */
+/** Methods without a handler are answered UNIMPLEMENTED: tailing audit, rotation. */
 export function adminHandlers(deps: AdminDeps) {
   return {
     ...tokenHandlers(deps),

@@ -1,4 +1,4 @@
-/** Devices: looked at, quarantined, released and revoked by operators. They come into being by enrolling. */
+/** Devices: looked at, approved, quarantined, released, revoked and deleted by operators. They come into being by enrolling. */
 import { z } from 'zod'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
@@ -7,7 +7,11 @@ import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
 import type {
+  ApproveDeviceRequest,
+  ApproveDeviceResponse,
   Certificate as CertificateMessage,
+  DeleteDeviceRequest,
+  DeleteDeviceResponse,
   Device as DeviceMessage,
   GetDeviceRequest,
   GetDeviceResponse,
@@ -55,15 +59,25 @@ function deviceStatusName(status: DeviceStatus): DeviceStatusName | undefined {
   return names.find(name => deviceStatuses[name] === status)
 }
 
-/** What an operator may do to a device, and where that leads from each status. What is not here is refused. */
-const transitions: Record<Step, Partial<Record<DeviceStatusName, DeviceStatusName>>> = {
+type Step = 'approve' | 'quarantine' | 'release' | 'revoke' | 'delete'
+
+/**
+ * A device's life: what an operator may do to it, and where that leads from each status. What is not here is refused.
+ * Steps that lead to where they start are for whoever repeats a call whose answer was lost: it must not seem to fail.
+ */
+const transitions: Record<Step, Partial<Record<DeviceStatusName, DeviceStatusName | 'deleted'>>> = {
+  approve: { pending: 'active', active: 'active' },
   quarantine: { pending: 'quarantined', active: 'quarantined' },
   release: { quarantined: 'active' },
-  // Revoking twice is revoking: whoever repeats a call whose answer was lost must not be told that it failed.
   revoke: { pending: 'revoked', active: 'revoked', quarantined: 'revoked', revoked: 'revoked' },
+  delete: { pending: 'deleted', active: 'deleted', quarantined: 'deleted', revoked: 'deleted' },
 }
 
-type Step = 'quarantine' | 'release' | 'revoke'
+/** Where a device is out, and its certificates with it: what the revocation list says of them. */
+const revocationReasons: Partial<Record<DeviceStatusName | 'deleted', RevocationReason>> = {
+  revoked: 'privilegeWithdrawn',
+  deleted: 'cessationOfOperation',
+}
 
 const listRequest = z.object({ ...page(z.tuple([id])), status: enumValue(DeviceStatus), labels })
 const idRequest = z.object({ id })
@@ -96,6 +110,11 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       return { device: await deviceMessage(em, device) }
     },
 
+    async approveDevice(request: ApproveDeviceRequest, call: Call): Promise<ApproveDeviceResponse> {
+      const asked = check(idRequest, request)
+      return { device: await take('approve', asked.id, '', call) }
+    },
+
     async quarantineDevice(request: QuarantineDeviceRequest, call: Call): Promise<QuarantineDeviceResponse> {
       const asked = check(reasonRequest, request)
       return { device: await take('quarantine', asked.id, asked.reason, call) }
@@ -110,10 +129,16 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       const asked = check(reasonRequest, request)
       return { device: await take('revoke', asked.id, asked.reason, call) }
     },
+
+    async deleteDevice(request: DeleteDeviceRequest, call: Call): Promise<DeleteDeviceResponse> {
+      const asked = check(idRequest, request)
+      await take('delete', asked.id, '', call)
+      return {}
+    },
   }
 
-  /** Takes the device one step through its life and tells every instance. */
-  function take(step: Step, id: string, reason: string, call: Call): Promise<DeviceMessage> {
+  /** Takes the device one step through its life and tells every instance. @returns it, if it is still there */
+  function take(step: Step, id: string, reason: string, call: Call): Promise<DeviceMessage | undefined> {
     call.audit.target = `device/${id}`
     return change(db, call, async em => {
       // Step 1. Nobody else moves the device until this transaction has ended.
@@ -125,27 +150,32 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       const after = transitions[step][before]
       if (after === undefined) throw stepRefused(step, id, before)
       const now = new Date(clock())
-      if (after !== before) {
+      if (after === 'deleted') {
+        em.remove(device)
+      } else if (after !== before) {
         device.status = after
         device.statusReason = reason
         device.updatedAt = now
       }
 
-      // Step 3. A device that is out for good takes its certificates with it. Also when it was out before: none that
-      // slipped in between must live.
-      if (after === 'revoked') {
+      // Step 3. A device that is out takes its certificates with it. Also when it was out before: none that slipped in
+      // between must live.
+      const revocationReason = revocationReasons[after]
+      if (revocationReason) {
         await em.nativeUpdate(
           Certificate,
           { subjectKind: 'device', subjectId: id, revokedAt: null },
-          { revokedAt: now, revocationReason: 'privilegeWithdrawn' satisfies RevocationReason },
+          { revokedAt: now, revocationReason },
         )
       }
 
-      call.audit.detail = { before, after, reason }
+      const { type, labels, enrolledAt } = device
+      // Of a device that is deleted this is all that stays.
+      call.audit.detail = { before, after, reason, ...(after === 'deleted' && { type, labels, enrolledAt }) }
       const keys = [`device:${id}`]
       // The revocation list is signed anew when certificates are revoked, not with every change of a device.
-      if (after === 'revoked') keys.push('crl:revoked')
-      return { answer: await deviceMessage(em, device), keys }
+      if (revocationReason) keys.push('crl:revoked')
+      return { answer: after === 'deleted' ? undefined : await deviceMessage(em, device), keys }
     })
   }
 }
@@ -205,9 +235,14 @@ function deviceNotFound(id: string): Fault {
 }
 
 function stepRefused(step: Step, id: string, status: DeviceStatusName): Fault {
-  const from = Object.keys(transitions[step]).join(' or ')
+  const from = Object.entries(transitions[step]).flatMap(([before, after]) => (after === before ? [] : [before]))
   const reason = step === 'release' ? 'DEVICE_NOT_QUARANTINED' : `DEVICE_${status.toUpperCase()}`
-  return new Fault('FAILED_PRECONDITION', reason, `can't ${step} device ${id}: it is ${status}, not ${from}`, {
-    metadata: { status },
-  })
+  return new Fault(
+    'FAILED_PRECONDITION',
+    reason,
+    `can't ${step} device ${id}: it is ${status}, not ${from.join(' or ')}`,
+    {
+      metadata: { status },
+    },
+  )
 }

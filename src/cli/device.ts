@@ -1,8 +1,10 @@
 /** `edgemesh device`: the fleet. */
 import { Command, Option } from 'commander'
+import { millisecondsOf } from '../agent/channel.ts'
 import { Device } from '../gen/edgemesh/v1/admin.ts'
 import { DeviceStatus, DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
 import { type AdminClient, type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'
+import { formatRoughly } from './duration.ts'
 import { valueFor, wordFor, wordsOf } from './enum-words.ts'
 import { CommandFailure } from './failure.ts'
 import { type ListOptions, listing, printList } from './listing.ts'
@@ -11,9 +13,17 @@ import { renderFacts, renderLabels, renderTable } from './table.ts'
 
 export function deviceCommand(): Command {
   return new Command('device')
-    .description('devices: list, look at, quarantine, release, revoke')
+    .description('devices: list, look at, approve, quarantine, release, revoke, delete')
     .addCommand(listCommand())
     .addCommand(showCommand())
+    .addCommand(
+      changeCommand({
+        name: 'approve',
+        does: 'let a device in that waits for it: one that has just enrolled, or one that came back after its time',
+        asksReason: false,
+        change: (admin, id) => admin.call('approveDevice', { id }),
+      }),
+    )
     .addCommand(
       changeCommand({
         name: 'quarantine',
@@ -38,6 +48,7 @@ export function deviceCommand(): Command {
         change: (admin, id, reason) => admin.call('revokeDevice', { id, reason }),
       }),
     )
+    .addCommand(deleteCommand())
     .addHelpText(
       'after',
       `
@@ -45,6 +56,8 @@ Examples:
   edgemesh device list --status active
   edgemesh device show laptop-7
   edgemesh device quarantine laptop-7 --reason 'left in a taxi'
+  edgemesh device list --status pending
+  edgemesh device approve laptop-8
 `,
     )
 }
@@ -120,6 +133,8 @@ function describe(device: Device): string {
     labels: renderLabels(device.labels),
     enrolled: device.enrolledAt,
     'last seen': device.lastSeenAt ?? 'never',
+    clock: device.clockOffset && describeClock(millisecondsOf(device.clockOffset)),
+    'trust bundle': device.trustBundleId,
     posture: device.posture && describePosture(device.posture),
     failing: device.failingPosture.join(' '),
   })
@@ -127,6 +142,7 @@ function describe(device: Device): string {
   const certificates = renderTable(
     {
       serial: certificate => certificate.serial,
+      issuer: certificate => certificate.issuerKeyId,
       from: certificate => certificate.notBefore,
       until: certificate => certificate.notAfter,
       revoked: certificate => certificate.revokedAt,
@@ -140,6 +156,37 @@ function describe(device: Device): string {
 function describePosture({ attributes, measuredAt: _, ...measured }: Posture): string {
   const facts = Object.entries(measured).filter(([, value]) => value !== undefined)
   return [...facts, ...Object.entries(attributes)].map(([name, value]) => `${name}=${value}`).join(' ')
+}
+
+/** As the server measured it when the device last reported. */
+function describeClock(offsetMs: number): string {
+  const rough = formatRoughly(Math.abs(offsetMs))
+  if (rough === '0s') return 'right'
+  return `${rough} ${offsetMs < 0 ? 'behind' : 'ahead'}`
+}
+
+function deleteCommand(): Command {
+  return connecting(new Command('delete'))
+    .description(
+      'remove a device and revoke its certificates; its id may be enrolled anew, and its past stays on record',
+    )
+    .argument('<id>')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+To throw a device out for good, revoke it: its id then stays taken.
+
+Examples:
+  edgemesh device delete laptop-7
+`,
+    )
+    .action((id: string, options: ConnectionOptions & { json?: true }) =>
+      withAdmin(options, async admin => {
+        await admin.call('deleteDevice', { id })
+        console.log(options.json ? JSON.stringify({ id, deleted: true }) : `device ${id} is deleted`)
+      }),
+    )
 }
 
 /** The changes of a device's status differ in nothing but the call. */

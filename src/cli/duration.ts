@@ -21,3 +21,9 @@ export function formatDuration(ms: number): string {
   const unit = (['d', 'h', 'm'] as const).find(unit => ms >= UNIT_MS[unit] && ms % UNIT_MS[unit] === 0) ?? 's'
   return `${Math.round(ms / UNIT_MS[unit])}${unit}`
 }
+
+/** To be read at a glance: in the greatest unit of which it has at least two. */
+export function formatRoughly(ms: number): string {
+  const unit = (['d', 'h', 'm'] as const).find(unit => ms >= 2 * UNIT_MS[unit]) ?? 's'
+  return `${Math.round(ms / UNIT_MS[unit])}${unit}`
+}

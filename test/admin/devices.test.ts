@@ -1,7 +1,7 @@
 import test, { type ExecutionContext } from 'ava'
 import type { Database } from '../../src/db/orm.ts'
 import { Fault } from '../../src/fault.ts'
-import { Device, DevicePosture, type DeviceStatusName } from '../../src/fleet/entities.ts'
+import { Device, DevicePosture, type DeviceStatusName, HealthReport } from '../../src/fleet/entities.ts'
 import { ListDevicesRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { DeviceStatus, DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
 import { Certificate } from '../../src/identity/entities.ts'
@@ -110,6 +110,8 @@ test('wrong fields are named', async t => {
   await invalid(t, admin.quarantineDevice({ id: '', reason: 'x'.repeat(256) }, call()), ['id', 'reason'])
   await invalid(t, admin.releaseDevice({ id: ' ' }, call()), ['id'])
   await invalid(t, admin.revokeDevice({ id: 'alpha', reason: '\x1b[2J' }, call()), ['reason'])
+  await invalid(t, admin.approveDevice({ id: '-' }, call()), ['id'])
+  await invalid(t, admin.deleteDevice({ id: '../alpha' }, call()), ['id'])
 })
 
 test('a device that is not there is not found', async t => {
@@ -119,6 +121,64 @@ test('a device that is not there is not found', async t => {
   await refused(t, admin.quarantineDevice({ id, reason: '' }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
   await refused(t, admin.releaseDevice({ id }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
   await refused(t, admin.revokeDevice({ id, reason: '' }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
+  await refused(t, admin.approveDevice({ id }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
+  await refused(t, admin.deleteDevice({ id }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
+})
+
+test('a device that waits is approved, and approving it again changes nothing', async t => {
+  const { admin, call, announcedDuring, auditEvents, db, time } = await withDevice(t, 'pending')
+  const keys = await announcedDuring(async () => {
+    const { device } = await admin.approveDevice({ id: 'alpha' }, call())
+    t.like(device, { status: DeviceStatus.ACTIVE, statusReason: '' })
+  })
+  t.deepEqual(keys, ['device:alpha'])
+  time.now += 1_000
+  const { device } = await admin.approveDevice({ id: 'alpha' }, call())
+  t.is(device?.status, DeviceStatus.ACTIVE)
+  t.deepEqual((await db.em().findOneOrFail(Device, 'alpha')).updatedAt, new Date(start))
+  t.deepEqual(
+    (await auditEvents()).map(({ detail }) => detail),
+    [
+      { before: 'pending', after: 'active', reason: '' },
+      { before: 'active', after: 'active', reason: '' },
+    ],
+  )
+})
+
+test('a device that is deleted is gone, its certificates are revoked, and its past stays', async t => {
+  const { admin, call, announcedDuring, auditEvents, db } = await withDevice(t)
+  const at = { measuredAt: new Date(start), receivedAt: new Date(start) }
+  await db.em().insert(DevicePosture, { deviceId: 'alpha', posture: { attributes: {} }, failing: [], ...at })
+  await db.em().insert(HealthReport, { deviceId: 'alpha', sequence: 1, posture: { attributes: {} }, ...at })
+  await db.em().nativeUpdate(Certificate, '0b', { revokedAt: new Date(start - 1), revocationReason: 'keyCompromise' })
+
+  const keys = await announcedDuring(async () => {
+    t.deepEqual(await admin.deleteDevice({ id: 'alpha' }, call()), {})
+  })
+  t.deepEqual(keys, ['device:alpha', 'crl:revoked'])
+  t.is(await db.em().count(Device), 0)
+  t.is(await db.em().count(DevicePosture), 0)
+  t.is(await db.em().count(HealthReport), 1)
+  const certificates = await db.em().find(Certificate, {}, { orderBy: { serial: 'asc' } })
+  t.deepEqual(
+    certificates.map(({ serial, revokedAt, revocationReason }) => [serial, revokedAt, revocationReason]),
+    [
+      ['0a', new Date(start), 'cessationOfOperation'],
+      ['0b', new Date(start - 1), 'keyCompromise'],
+      ['0c', null, null],
+    ],
+  )
+  const [event] = await auditEvents()
+  t.like(event, { target: 'device/alpha', code: 'OK' })
+  t.deepEqual(event?.detail, {
+    before: 'active',
+    after: 'deleted',
+    reason: '',
+    type: 'laptop',
+    labels: {},
+    enrolledAt: new Date(start).toISOString(),
+  })
+  await refused(t, admin.deleteDevice({ id: 'alpha' }, call()), 'NOT_FOUND', 'DEVICE_NOT_FOUND')
 })
 
 test('a device is quarantined and released, and every instance hears of it', async t => {
@@ -165,15 +225,21 @@ const refusals = [
   ['release', 'revoked', 'DEVICE_NOT_QUARANTINED'],
   ['quarantine', 'quarantined', 'DEVICE_QUARANTINED'],
   ['quarantine', 'revoked', 'DEVICE_REVOKED'],
+  ['approve', 'quarantined', 'DEVICE_QUARANTINED'],
+  ['approve', 'revoked', 'DEVICE_REVOKED'],
 ] as const
 
 for (const [step, status, reason] of refusals) {
   test(`${step} of a device that is ${status} is refused and leaves no trace`, async t => {
     const { admin, call, db, announcedDuring, auditEvents } = await withDevice(t, status)
     const keys = await announcedDuring(async () => {
-      const request = { id: 'alpha', reason: 'x' }
-      const answer = step === 'release' ? admin.releaseDevice(request, call()) : admin.quarantineDevice(request, call())
-      await refused(t, answer, 'FAILED_PRECONDITION', reason)
+      const fault = await refused(
+        t,
+        admin[`${step}Device`]({ id: 'alpha', reason: 'x' }, call()),
+        'FAILED_PRECONDITION',
+        reason,
+      )
+      t.is(fault.metadata.status, status)
     })
     t.deepEqual(keys, [])
     t.is((await auditEvents()).length, 0)
@@ -182,11 +248,12 @@ for (const [step, status, reason] of refusals) {
 }
 
 test('a device that is revoked while others move it stays revoked', async t => {
-  const { admin, call, db } = await withDevice(t)
+  const { admin, call, db } = await withDevice(t, 'pending')
   const outcomes = await Promise.allSettled([
     ...Array.from({ length: 10 }, () => admin.quarantineDevice({ id: 'alpha', reason: '' }, call())),
     admin.revokeDevice({ id: 'alpha', reason: 'stolen' }, call()),
     ...Array.from({ length: 10 }, () => admin.releaseDevice({ id: 'alpha' }, call())),
+    ...Array.from({ length: 10 }, () => admin.approveDevice({ id: 'alpha' }, call())),
   ])
   for (const outcome of outcomes) {
     if (outcome.status === 'rejected') t.true(outcome.reason instanceof Fault)

@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import test from 'ava'
 import { type Command, InvalidArgumentError } from 'commander'
 import fc from 'fast-check'
-import { formatDuration, parseDuration } from '../../src/cli/duration.ts'
+import { formatDuration, formatRoughly, parseDuration } from '../../src/cli/duration.ts'
 import { valueFor, wordFor, wordsOf } from '../../src/cli/enum-words.ts'
 import { hostAndPort, label, moment, wholeNumber } from '../../src/cli/option-values.ts'
 import { createProgram } from '../../src/cli/program.ts'
@@ -144,6 +144,10 @@ test('a duration is read back as it is written', t => {
   t.is(parseDuration('1h'), 3_600_000)
   t.is(parseDuration('7d'), 604_800_000)
   t.is(formatDuration(5_400_000), '90m')
+  t.is(formatRoughly(5_400_000), '90m')
+  t.is(formatRoughly(10_801_000), '3h')
+  t.is(formatRoughly(999_999_999), '12d')
+  t.is(formatRoughly(400), '0s')
 })
 
 test('a text that is no duration is refused, whatever it is', t => {

@@ -119,7 +119,7 @@ for (const [what, act, code] of [
   [
     'the device is quarantined',
     (mesh: EdgeMesh) => unary(mesh.admin, 'quarantineDevice', { id: 'alpha', reason: 'lost' }),
-    'DEVICE_NOT_ACTIVE',
+    'DEVICE_QUARANTINED',
   ],
   [
     'the requirements are tightened',
