@@ -2,7 +2,7 @@
  * Issuing a certificate with pkijs as its examples do: parse the request, verify it, build the certificate, sign it by
  * WebCrypto, encode. It is given what can be known beforehand: the issuer's name, its key, and its key identifier.
  */
-import { webcrypto } from 'node:crypto'
+import { type KeyObject, webcrypto } from 'node:crypto'
 import * as asn1 from 'asn1js'
 import * as pkijs from 'pkijs'
 import type { Issuer } from '../../src/identity/certificates.ts'
@@ -10,7 +10,9 @@ import type { Issuer } from '../../src/identity/certificates.ts'
 export type BareTemplate = { spiffeId: string; commonName: string; notBefore: Date; notAfter: Date }
 
 /** @returns what issues a certificate with the extensions that ours have, in DER */
-export function barePkijs(issuer: Issuer): (csr: Buffer, template: BareTemplate) => Promise<Buffer> {
+export function barePkijs(
+  issuer: Issuer & { privateKey: KeyObject },
+): (csr: Buffer, template: BareTemplate) => Promise<Buffer> {
   const issuerName = pkijs.Certificate.fromBER(issuer.certificateDer).subject
   const signingKey = issuer.privateKey.toCryptoKey({ name: 'ECDSA', namedCurve: 'P-256' }, false, ['sign'])
   const extension = (extnID: string, critical: boolean, value: { toBER(): ArrayBuffer }) =>
