@@ -6,7 +6,7 @@
  * 3. for operators: whether policy lets their role do this
  * 4. the handler
  * 5. the audit event, on disk before the answer leaves
- * 6. the answer, or a status that says what was wrong
+ * 6. the answer, or a status that says what was wrong; with either the server's time
  */
 
 import type { EventEmitter } from 'node:events'
@@ -30,6 +30,7 @@ import { Fault } from '../fault.ts'
 import type { MessageStream } from '../message-stream.ts'
 import type { Log } from '../telemetry/log.ts'
 import { callerOf, demandIdentity, type Peer } from './peer.ts'
+import { serverTimeFrom } from './server-time.ts'
 import { faultOf, type InternalError, statusOf } from './status.ts'
 
 /** Who may call a method. `anyone`: no certificate is needed. */
@@ -93,6 +94,7 @@ type AnyCall =
 export function createDispatch(options: DispatchOptions): Dispatch {
   const { server, journal, clock, log, instanceId } = options
   const open = new Set<OpenCall>()
+  const serverTime = serverTimeFrom(clock)
 
   /** Steps 1 to 3. */
   async function admit(peer: Peer, call: Call, access: Access): Promise<void> {
@@ -163,9 +165,10 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         await admit(peer, call, access)
         const response = await handle(wellFormed(grpcCall.request), call)
         await auditSuccess(call)
-        callback(null, response)
+        callback(null, response, serverTime())
       } catch (error) {
-        callback(statusOf(await auditFailure(opened, error)))
+        const failure = await auditFailure(opened, error)
+        callback(statusOf(failure, serverTime()))
       } finally {
         close(opened)
       }
@@ -186,9 +189,10 @@ export function createDispatch(options: DispatchOptions): Dispatch {
           call.audit.written = true
           grpcCall.write(response)
         }
-        grpcCall.end()
+        grpcCall.end(serverTime())
       } catch (error) {
-        grpcCall.emit('error', statusOf(await auditFailure(opened, error)))
+        const failure = await auditFailure(opened, error)
+        grpcCall.emit('error', statusOf(failure, serverTime()))
       } finally {
         close(opened)
       }
@@ -210,7 +214,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         await handle(messages, call)
         journal.appendLater([callEntry({ ...call, startedAt: clock() }, { code: 'OK', reason: 'STREAM_ENDED' })])
         options.onCall(method, 'OK')
-        grpcCall.end()
+        grpcCall.end(serverTime())
       } catch (error) {
         if (grpcCall.cancelled) {
           journal.appendLater([
@@ -218,7 +222,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
           ])
           options.onCall(method, 'CANCELLED')
         } else {
-          grpcCall.emit('error', statusOf(await auditFailure(opened, error)))
+          const failure = await auditFailure(opened, error)
+          grpcCall.emit('error', statusOf(failure, serverTime()))
         }
       } finally {
         close(opened)
@@ -235,11 +240,13 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       admit(peer, call, access)
         .then(() => {
           wellFormed(grpcCall.request)
+          const answer = (error: unknown, value: unknown) => callback(error, value, serverTime())
           // biome-ignore lint/suspicious/noExplicitAny: as above
-          ;(handle as any)(grpcCall, callback)
+          ;(handle as any)(grpcCall, callback && answer)
         })
         .catch(async error => {
-          const refusal = statusOf(await auditFailure(opened, error))
+          const failure = await auditFailure(opened, error)
+          const refusal = statusOf(failure, serverTime())
           if (callback) callback(refusal)
           else grpcCall.emit('error', refusal)
         })

@@ -27,10 +27,14 @@ export function faultOf(error: unknown, log: Log): Fault | InternalError {
 
 export type InternalError = { code: 'INTERNAL'; reason: 'INTERNAL'; message: string }
 
-/** The gRPC status with its details in `grpc-status-details-bin`. */
-export function statusOf(fault: Fault | InternalError): StatusObject {
+/**
+ * The gRPC status with its details in `grpc-status-details-bin`.
+ *
+ * @param trailer what every answer carries
+ */
+export function statusOf(fault: Fault | InternalError, trailer = new Metadata()): StatusObject {
   const code = status[fault.code]
-  const metadata = new Metadata()
+  const metadata = trailer.clone()
   const details = [
     packed('google.rpc.ErrorInfo', ErrorInfo, {
       reason: fault.reason,
