@@ -36,6 +36,8 @@ export type Call = {
   startedAt: number
   /** The instance that serves it. */
   instanceId: string
+  /** How far the caller's clock is ahead of ours, by what it said last; absent: it has said nothing of it. */
+  clockOffsetMs?: number | undefined
   /** Aborted when the caller has gone, the deadline has passed or the server cuts the call. */
   signal: AbortSignal
   /** What the audit event of this call will say beyond who, what and when. Handlers fill it in. */

@@ -3,27 +3,34 @@ export type Clock = () => number
 
 export const systemClock: Clock = () => Date.now()
 
-/** A clock that is wrong by no more than this is nobody's trouble, and is not spoken of. */
-export const clockOffsetToleratedMs = 60_000
-
-const units = [
-  { name: 'year', ms: 31_557_600_000 },
-  { name: 'day', ms: 86_400_000 },
-  { name: 'hour', ms: 3_600_000 },
-  { name: 'minute', ms: 60_000 },
-  { name: 'second', ms: 1_000 },
-]
+/** Up to here another's clock counts as right: the way of a message, and what a cheap clock drifts between two settings. */
+export const clockOffsetMsTolerated = 60_000
+/** A hundred years, to either side: all clocks that were never set, and still a number that fits everywhere. */
+const clockOffsetMsMax = 100 * 365.25 * 86_400_000
 
 /**
- * `your clock is 3 hours behind the server's`
+ * How far another's clock is ahead of this one; negative: behind.
  *
- * @param offsetMs what the caller's clock says minus what the server's says
+ * @param sentAt its clock when it sent a message
+ * @returns undefined where it did not say, or nothing that is a time
  */
-export function clockOffsetSentence(offsetMs: number): string {
+export function clockOffsetMs(sentAt: Date | undefined, receivedAtMs: number): number | undefined {
+  const offsetMs = sentAt === undefined ? Number.NaN : Math.round(sentAt.getTime() - receivedAtMs)
+  return Number.isNaN(offsetMs) ? undefined : Math.max(-clockOffsetMsMax, Math.min(offsetMs, clockOffsetMsMax))
+}
+
+const units = [
+  ['years', 365.25 * 86_400_000],
+  ['days', 86_400_000],
+  ['h', 3_600_000],
+  ['min', 60_000],
+] as const
+
+/** Such as `your clock is 3 h behind`, for whoever's clock is so far ahead; undefined where it is right. */
+export function clockOffsetSentence(offsetMs: number | undefined): string | undefined {
+  if (offsetMs === undefined || Math.abs(offsetMs) <= clockOffsetMsTolerated) return undefined
   const size = Math.abs(offsetMs)
-  // The largest unit of which there are two, so that 90 minutes are not told as 2 hours.
-  const { name, ms } = units.find(unit => size >= 2 * unit.ms) ?? { name: 'second', ms: 1_000 }
-  const count = Math.round(size / ms)
-  const much = `${count} ${name}${count === 1 ? '' : 's'}`
-  return `your clock is ${much} ${offsetMs < 0 ? 'behind' : 'ahead of'} the server's`
+  // 90 min says more than 2 h.
+  const [unit, unitMs] = units.find(([, ms]) => size >= 2 * ms) ?? ['s', 1_000]
+  return `your clock is ${Math.round(size / unitMs)} ${unit} ${offsetMs > 0 ? 'ahead' : 'behind'}`
 }

@@ -324,6 +324,7 @@ async function compose(
   metrics.observe({
     devicesByStatus: census.devicesByStatus,
     unhealthyDevices: census.unhealthyDevices,
+    clocks: census.clocks,
     connectionsActive: leases.activeByService,
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),

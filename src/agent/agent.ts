@@ -25,7 +25,7 @@
  * the same key and under the same id. Its id is kept then, and it will not be used for a third time. A device that was
  * revoked is out for good whatever token it has.
  */
-import { type Clock, clockOffsetToleratedMs, systemClock } from '../clock.ts'
+import { type Clock, clockOffsetMsTolerated, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture, TrustBundle } from '../gen/edgemesh/v1/types.ts'
@@ -522,7 +522,7 @@ function noteQuarantine({ told, log }: Agent, reason: string | undefined): void 
 function noteClock(agent: Agent, offsetMs: number): void {
   const { told, log } = agent
   agent.clockOffsetMs = offsetMs
-  const wrong = Math.abs(offsetMs) > clockOffsetToleratedMs
+  const wrong = Math.abs(offsetMs) > clockOffsetMsTolerated
   if (wrong === told.clockWrong) return
   told.clockWrong = wrong
   log(wrong ? { event: 'clock-wrong', offsetMs } : { event: 'clock-right' })

@@ -6,7 +6,7 @@
  * dates, the server is asked for its time over a connection that verifies nothing: whoever is in the middle can forge
  * the answer, and has gained a wrong sentence in an error.
  */
-import { type Clock, clockOffsetSentence, clockOffsetToleratedMs, systemClock } from '../clock.ts'
+import { type Clock, clockOffsetSentence, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import { type DescribedError, describeCallError, type Server } from './channel.ts'
 import { unverifiedServerTime } from './first-contact.ts'
@@ -23,11 +23,12 @@ export async function withClocksCompared(failure: unknown, server: Server, clock
   const serverTime = await unverifiedServerTime(server, serverTimeTimeoutMs).catch(() => undefined)
   if (!serverTime) return failure
   const offsetMs = clock() - serverTime.getTime()
-  if (Math.abs(offsetMs) <= clockOffsetToleratedMs) return failure
+  const sentence = clockOffsetSentence(offsetMs)
+  if (!sentence) return failure
   return new Fault(
     'UNAVAILABLE',
     'CLOCK_WRONG',
-    `${message}, ${new Date(clock()).toISOString()}; it seems that ${clockOffsetSentence(offsetMs)}, though that could not ` +
+    `${message}, ${new Date(clock()).toISOString()}; it seems that ${sentence}, though that could not ` +
       'be verified without the certificate',
     { cause: failure, metadata: { clockOffsetMs: String(offsetMs) } },
   )
@@ -44,6 +45,8 @@ export async function comparingClocks<T>(server: Server, call: Promise<T>, clock
 
 /** What a person is told of an error: its message, and how wrong the clock is where that may have to do with it. */
 export function sentenceOf({ reason, message, clockOffsetMs }: DescribedError): string {
-  const wrong = clockOffsetMs !== undefined && Math.abs(clockOffsetMs) > clockOffsetToleratedMs
-  return wrong && reason !== 'CLOCK_WRONG' ? `${message}; ${clockOffsetSentence(clockOffsetMs)}` : message
+  const sentence = clockOffsetSentence(clockOffsetMs)
+  // The server says so itself where the clock is likely to be the reason.
+  const said = reason === 'CLOCK_WRONG' || message.includes('your clock is')
+  return sentence && !said ? `${message}; ${sentence}` : message
 }

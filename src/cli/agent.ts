@@ -127,7 +127,7 @@ function sentenceFor(event: AgentEvent): string {
     case 'reconnecting':
       return `in ${seconds(event.delayMs)}`
     case 'clock-wrong':
-      return clockOffsetSentence(event.offsetMs)
+      return clockOffsetSentence(event.offsetMs) ?? ''
     case 'clock-right':
     case 'released':
     case 'stopped':

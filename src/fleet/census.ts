@@ -1,11 +1,14 @@
 /** Counts of the fleet for the metrics, taken from the database every few seconds, not with every scrape. */
 import type pg from 'pg'
+import { clockOffsetMsTolerated } from '../clock.ts'
 import type { Log } from '../telemetry/log.ts'
 
 export type Census = {
   devicesByStatus(): ReadonlyMap<string, number>
   /** Active devices whose posture misses the requirements, is stale, or was never reported. */
   unhealthyDevices(): number
+  /** Of devices that were heard of lately: how many have a clock that is wrong, and the most by which one is. */
+  clocks(): { wrong: number; offsetMsMax: number }
   stop(): void
 }
 
@@ -15,18 +18,33 @@ export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; lo
   const { pool, maxAgeMs, log } = options
   let byStatus = new Map<string, number>()
   let unhealthy = 0
+  let clocks = { wrong: 0, offsetMsMax: 0 }
 
   async function count(): Promise<void> {
-    const { rows } = await pool.query<{ status: string; devices: number; unhealthy: number }>(
+    const { rows } = await pool.query<{
+      status: string
+      devices: number
+      unhealthy: number
+      wrong_clocks: number
+      offset_ms_max: number
+    }>(
       `select d.status, count(*)::int as devices,
          (count(*) filter (where d.status = 'active' and (p.device_id is null or p.failing <> '[]'
-           or p.measured_at < now() - make_interval(secs => $1))))::int as unhealthy
+           or p.measured_at < now() - make_interval(secs => $1))))::int as unhealthy,
+         (count(*) filter (where p.received_at >= now() - make_interval(secs => $1)
+           and abs(p.clock_offset_ms) > $2))::int as wrong_clocks,
+         coalesce(max(abs(p.clock_offset_ms)) filter (
+           where p.received_at >= now() - make_interval(secs => $1)), 0)::float8 as offset_ms_max
        from devices d left join device_postures p on p.device_id = d.id group by d.status`,
-      [maxAgeMs / 1_000],
+      [maxAgeMs / 1_000, clockOffsetMsTolerated],
     )
     const none = new Map(['pending', 'active', 'quarantined', 'revoked'].map(status => [status, 0]))
     byStatus = new Map([...none, ...rows.map(row => [row.status, row.devices] as const)])
     unhealthy = rows.reduce((sum, row) => sum + row.unhealthy, 0)
+    clocks = {
+      wrong: rows.reduce((sum, row) => sum + row.wrong_clocks, 0),
+      offsetMsMax: Math.max(0, ...rows.map(row => row.offset_ms_max)),
+    }
   }
 
   await count()
@@ -34,5 +52,10 @@ export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; lo
     count().catch(error => log.debug({ err: error }, 'devices can not be counted now'))
   }, intervalMs)
   timer.unref()
-  return { devicesByStatus: () => byStatus, unhealthyDevices: () => unhealthy, stop: () => clearInterval(timer) }
+  return {
+    devicesByStatus: () => byStatus,
+    unhealthyDevices: () => unhealthy,
+    clocks: () => clocks,
+    stop: () => clearInterval(timer),
+  }
 }

@@ -4,9 +4,11 @@
  * A message's life: identity of the connection → limit → merge into what the stream has said before → durable, together
  * with hundreds of others → acknowledged, with the next interval and what the device should do. If what policy can see
  * of the device has changed, every instance hears of it with the commit, and its connections are decided anew.
+ *
+ * A device with a wrong clock is as good as any other: its clock gives the age of what it measured, and how wrong it is.
  */
 import type { Call, Identified } from '../caller.ts'
-import type { Clock } from '../clock.ts'
+import { type Clock, clockOffsetMs } from '../clock.ts'
 import { durationOf } from '../duration.ts'
 import { invalidField } from '../fault.ts'
 import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
@@ -53,6 +55,7 @@ export type Heartbeats = {
 }
 
 const openConnectionIdsMax = 1_024
+const trustBundleIdPattern = /^([0-9a-f]{64})?$/
 /** Renewals that an instance takes on in a second, beside all else: each costs a millisecond or two. */
 const renewalsPerSecond = 50
 /** Streams told of something in one go; between two goes others get their turn. */
@@ -67,7 +70,13 @@ type OpenStream = { stream: MessageStream<HeartbeatRequest, HeartbeatResponse>; 
 type Told = { revision: string; renewFor: string }
 
 /** What one stream has said so far. */
-type Said = { sequence: number; posture: PostureValues | undefined; ground: string; receivedAtMs: number }
+type Said = {
+  sequence: number
+  posture: PostureValues | undefined
+  ground: string
+  receivedAtMs: number
+  trustBundleId: string
+}
 
 export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   const streams = new Set<OpenStream>()
@@ -75,7 +84,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   async function serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void> {
     const { caller } = call
     if (caller.kind !== 'device') throw new Error('the method is for devices only')
-    const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0 }
+    const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0, trustBundleId: '' }
     const told: Told = { revision: deps.policyRevision(), renewFor: '' }
     const open = { stream, caller, told }
     call.audit.target = `device/${caller.id}`
@@ -86,6 +95,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
         const receivedAtMs = deps.clock()
         const requirements = await deps.requirements()
         const { posture, failing, announce } = merge(said, request, requirements, receivedAtMs)
+        call.clockOffsetMs = clockOffsetMs(request.sentAt, receivedAtMs) ?? call.clockOffsetMs
         await deps.writer.write({
           deviceId: caller.id,
           sequence: request.sequence,
@@ -93,6 +103,8 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
           failing,
           measuredAtMs: request.posture ? measuredAtMs(request.posture, request.sentAt, receivedAtMs) : receivedAtMs,
           receivedAtMs,
+          clockOffsetMs: call.clockOffsetMs,
+          trustBundleId: said.trustBundleId,
           announce,
         })
         deps.onHeartbeat()
@@ -111,6 +123,9 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     if (request.openConnectionIds.length > openConnectionIdsMax) {
       throw invalidField('open_connection_ids', `has to have at most ${openConnectionIdsMax} entries`)
     }
+    if (!trustBundleIdPattern.test(request.trustBundleId)) {
+      throw invalidField('trust_bundle_id', 'has to be the id of a trust bundle, 64 lower-case hex digits, or empty')
+    }
     if (!request.posture && !said.posture) {
       throw invalidField('posture', "is missing: a stream's first message carries the whole posture")
     }
@@ -124,6 +139,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     said.posture = posture
     said.ground = ground
     said.receivedAtMs = receivedAtMs
+    said.trustBundleId = request.trustBundleId || said.trustBundleId
     return { posture, failing, announce }
   }
 

@@ -19,6 +19,10 @@ export type Report = {
   failing: string[]
   measuredAtMs: number
   receivedAtMs: number
+  /** How far the device's clock is ahead of ours; undefined: it has not said. */
+  clockOffsetMs: number | undefined
+  /** What the device goes by; empty: it has not said. */
+  trustBundleId: string
   /** What policy can see has changed: every instance has to hear of it. */
   announce: boolean
 }
@@ -48,22 +52,26 @@ type Waiting = { report: Report; resolve: () => void; reject: (error: unknown) =
  */
 const writeReports = `
   with posture as (
-    insert into device_postures as kept (device_id, posture, failing, measured_at, received_at)
-    select t.device_id, t.posture::jsonb, t.failing::jsonb, t.measured_at, t.received_at
-    from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[])
-      as t(device_id, posture, failing, measured_at, received_at)
+    insert into device_postures as kept
+      (device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id)
+    select t.device_id, t.posture::jsonb, t.failing::jsonb, t.measured_at, t.received_at,
+      t.clock_offset_ms, t.trust_bundle_id
+    from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[], $6::bigint[], $7::text[])
+      as t(device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id)
     join devices on devices.id = t.device_id
     on conflict (device_id) do update set
       posture = excluded.posture, failing = excluded.failing,
-      measured_at = excluded.measured_at, received_at = excluded.received_at
+      measured_at = excluded.measured_at, received_at = excluded.received_at,
+      clock_offset_ms = coalesce(excluded.clock_offset_ms, kept.clock_offset_ms),
+      trust_bundle_id = coalesce(nullif(excluded.trust_bundle_id, ''), kept.trust_bundle_id)
     where kept.received_at <= excluded.received_at
   ), history as (
     insert into health_reports (device_id, sequence, posture, measured_at, received_at)
     select t.device_id, t.sequence, t.posture::jsonb, t.measured_at, t.received_at
-    from unnest($6::text[], $7::bigint[], $8::text[], $9::timestamptz[], $10::timestamptz[])
+    from unnest($8::text[], $9::bigint[], $10::text[], $11::timestamptz[], $12::timestamptz[])
       as t(device_id, sequence, posture, measured_at, received_at)
   )
-  select pg_notify('${changeChannel}', payload) from unnest($11::text[]) as payload`
+  select pg_notify('${changeChannel}', payload) from unnest($13::text[]) as payload`
 
 export function startReportWriter(options: {
   pool: pg.Pool
@@ -124,6 +132,8 @@ export function startReportWriter(options: {
       latest.map(report => JSON.stringify(report.failing)),
       latest.map(report => new Date(report.measuredAtMs)),
       latest.map(report => new Date(report.receivedAtMs)),
+      latest.map(report => report.clockOffsetMs),
+      latest.map(report => report.trustBundleId),
       reports.map(report => report.deviceId),
       reports.map(report => report.sequence),
       reports.map(report => JSON.stringify(report.posture)),

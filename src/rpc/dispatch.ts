@@ -25,13 +25,13 @@ import type {
 import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
 import type { Call, Identified } from '../caller.ts'
-import type { Clock } from '../clock.ts'
+import { type Clock, clockOffsetMs } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { MessageStream } from '../message-stream.ts'
 import type { Log } from '../telemetry/log.ts'
 import { callerOf, demandIdentity, type Peer } from './peer.ts'
 import { serverTimeFrom } from './server-time.ts'
-import { faultOf, type InternalError, statusOf } from './status.ts'
+import { faultOf, type InternalError, namingClock, statusOf } from './status.ts'
 
 /** Who may call a method. `anyone`: no certificate is needed. */
 export type Access = 'anyone' | 'identified' | 'device' | 'operator' | 'device, operator or service'
@@ -118,6 +118,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       method,
       startedAt,
       instanceId,
+      clockOffsetMs: clockOffsetMs(sentAtOf(grpcCall), startedAt),
       signal: abort.signal,
       audit: { target: '', detail: {}, written: false },
     }
@@ -144,7 +145,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
 
   /** Steps 5 and 6 for one that did not: even a refusal is not answered before it is on record. */
   async function auditFailure({ call, span }: OpenCall, error: unknown): Promise<Fault | InternalError> {
-    let fault = faultOf(error, log)
+    let fault = namingClock(faultOf(error, log), call.clockOffsetMs)
     try {
       // What could not be written a moment ago needn't hold up the refusal a second time.
       const entry = callEntry(call, { code: fault.code, reason: fault.reason })
@@ -304,6 +305,12 @@ export function createDispatch(options: DispatchOptions): Dispatch {
 const gonePeer: Peer = {
   address: '',
   identity: { refused: 'CERTIFICATE_MISSING', message: 'the connection has gone' },
+}
+
+/** The caller's clock, by a call whose one request says when it was sent. */
+function sentAtOf(grpcCall: AnyCall): Date | undefined {
+  const request = 'request' in grpcCall ? (grpcCall.request as { sentAt?: unknown }) : undefined
+  return request?.sentAt instanceof Date ? request.sentAt : undefined
 }
 
 /** grpc-js would answer INTERNAL for bytes that are no message; the caller is told that it is the caller's mistake. */

@@ -1,6 +1,7 @@
 /** How an error becomes what the caller sees: a canonical code, one sentence, and `google.rpc` details (AIP-193). */
 import { randomBytes } from 'node:crypto'
 import { Metadata, type StatusObject, status } from '@grpc/grpc-js'
+import { clockOffsetSentence } from '../clock.ts'
 import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
 import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
@@ -23,6 +24,24 @@ export function faultOf(error: unknown, log: Log): Fault | InternalError {
   const id = randomBytes(6).toString('hex')
   log.error({ err: error, errorId: id }, 'a call failed')
   return { code: 'INTERNAL', reason: 'INTERNAL', message: `internal error; the log has it under ${id}` }
+}
+
+/** Refusals behind which there may be a wrong clock of the caller. */
+const clockReasons: ReadonlySet<string> = new Set([
+  'CERTIFICATE_EXPIRED',
+  'CERTIFICATE_NOT_YET_VALID',
+  'CSR_CHALLENGE_STALE',
+  'RECOVERY_WINDOW_OVER',
+  'TOKEN_EXPIRED',
+])
+
+/** Says that the caller's clock is wrong, where it is known to be and may be the cause. */
+export function namingClock(fault: Fault | InternalError, clockOffsetMs: number | undefined): Fault | InternalError {
+  const sentence = clockOffsetSentence(clockOffsetMs)
+  if (!sentence || !(fault instanceof Fault) || !clockReasons.has(fault.reason)) return fault
+  // A new one: the same fault may be told to others, whose clocks are right.
+  const { code, reason, message } = fault
+  return new Fault(code, reason, `${message}; ${sentence}`, fault)
 }
 
 export type InternalError = { code: 'INTERNAL'; reason: 'INTERNAL'; message: string }

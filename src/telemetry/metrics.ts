@@ -45,6 +45,8 @@ export type Metrics = {
 export type MetricSources = {
   devicesByStatus: () => ReadonlyMap<string, number>
   unhealthyDevices: () => number
+  /** Devices whose clock is wrong, and the most by which one is. */
+  clocks: () => { wrong: number; offsetMsMax: number }
   /** By service. */
   connectionsActive: () => ReadonlyMap<string, number>
   /** By method. */
@@ -179,7 +181,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 }
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
-  const { devicesByStatus, unhealthyDevices, connectionsActive, streamsOpen } = sources
+  const { devicesByStatus, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
   const { pool, decisionCache, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
@@ -195,6 +197,14 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   if (unhealthyDevices) {
     gauge('edgemesh_unhealthy_devices', 'Devices that are late or out of posture', result =>
       result.observe(unhealthyDevices()),
+    )
+  }
+  if (clocks) {
+    gauge('edgemesh_wrong_clock_devices', 'Devices whose clock is off by more than a minute', result =>
+      result.observe(clocks().wrong),
+    )
+    gauge('edgemesh_device_clock_offset_max_seconds', 'The most by which the clock of a device is off', result =>
+      result.observe(clocks().offsetMsMax / 1_000),
     )
   }
   if (connectionsActive) {
