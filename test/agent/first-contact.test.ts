@@ -17,13 +17,13 @@ import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { encodePem } from '../../src/identity/pem.ts'
 import { mintToken } from '../../src/identity/tokens.ts'
-import { serve, smallAuthority } from './small-server.ts'
+import { rootsOf, serve, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()
 const other = await smallAuthority()
 
 const bundleOf = (...authorities: Authority[]) => ({
-  rootsPem: authorities.map(({ rootPem }) => rootPem),
+  rootsPem: authorities.flatMap(rootsOf),
   intermediatesPem: authority.intermediates,
   crlDer: Buffer.from('a list'),
   crlsDer: [],
@@ -72,7 +72,7 @@ test('of what an unknown server says, only the pinned root is believed', async t
   const server = await serve(t, authority, [enrollService({ roots: [other, authority] }).service])
   const bundle = await pinnedTrustBundle({ server, rootKeySha256: authority.rootKeySha256 })
   t.deepEqual(bundle, {
-    rootsPem: [authority.rootPem],
+    rootsPem: rootsOf(authority),
     intermediatesPem: [],
     crlDer: Buffer.alloc(0),
     crlsDer: [],
@@ -108,7 +108,7 @@ test('a device is told that an operator has to approve it, and then has its iden
   t.deepEqual(pending, ['alpha'])
   t.deepEqual(tokens, [token])
   t.like(credentials, { deviceId: 'alpha', spiffeId: 'spiffe://edgemesh.test/device/alpha' })
-  t.is(credentials.rootsPem, authority.rootPem)
+  t.is(credentials.rootsPem, rootsOf(authority).join(''))
 })
 
 test('a certificate that does not lead to a trusted root is not taken', async t => {

@@ -1,14 +1,17 @@
 /** A small server for agents: it answers reports and renewals as a test says, and keeps what it has seen. */
 import { createPublicKey, hash, type X509Certificate } from 'node:crypto'
-import type { ServerDuplexStream, ServerUnaryCall, sendUnaryData } from '@grpc/grpc-js'
+import type { ServerDuplexStream, ServerUnaryCall, ServerWritableStream, sendUnaryData } from '@grpc/grpc-js'
 import type { ExecutionContext } from 'ava'
 import { type Clock, systemClock } from '../../src/clock.ts'
 import { durationOf } from '../../src/duration.ts'
 import { Fault } from '../../src/fault.ts'
 import {
+  type EnrollRequest,
+  type EnrollResponse,
   EnrollServiceService,
   type GetChallengeResponse,
   type GetTrustBundleResponse,
+  type Identity,
   type RenewCertificateRequest,
   type RenewCertificateResponse,
 } from '../../src/gen/edgemesh/v1/enroll.ts'
@@ -22,7 +25,7 @@ import type { Authority } from '../../src/identity/certificate-authority.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { statusOf } from '../../src/rpc/status.ts'
-import { type SmallServer, serveAs, serverCertificate } from './small-server.ts'
+import { rootsOf, type SmallServer, serveAs, serverCertificate } from './small-server.ts'
 
 export type Kind = NonNullable<HeartbeatResponse['directives'][number]['kind']>
 
@@ -44,6 +47,7 @@ export type SeenStream = {
 export type FleetServer = SmallServer & {
   streams: SeenStream[]
   renewals: { shown: X509Certificate; keySha256: string }[]
+  enrollments: { token: string; deviceId: string; keySha256: string }[]
   /** Streams that are open and have had a report acknowledged. */
   open(): SeenStream[]
 }
@@ -61,6 +65,8 @@ export async function fleetServer(
     answer?: (at: { stream: number; report: number }) => Reply
     /** Refuses a renewal, or grants it by nothing. */
     renewal?: (attempt: number) => Fault | undefined
+    /** Refuses an enrollment, ends it without an answer, or grants it by nothing; `pending` asks for patience. */
+    enrollment?: (attempt: number, stream: { pending(): void }) => Promise<Fault | 'end' | undefined>
     bundle?: () => TrustBundle
     clock?: Clock
     intervalMs?: number
@@ -69,9 +75,11 @@ export async function fleetServer(
   } = {},
 ): Promise<FleetServer> {
   const { answer = () => ({ directives: [] }), renewal = () => undefined, clock = systemClock } = behaviour
+  const { enrollment = async () => undefined } = behaviour
   const { bundle = () => bundleOf(authority), intervalMs = reportIntervalMs, renewAfterMs = 365 * dayMs } = behaviour
   const streams: SeenStream[] = []
   const renewals: FleetServer['renewals'] = []
+  const enrollments: FleetServer['enrollments'] = []
   const open = () => streams.filter(({ acknowledged, ended }) => acknowledged > 0 && ended === 'no')
 
   function heartbeat(call: ServerDuplexStream<HeartbeatRequest, HeartbeatResponse>): void {
@@ -113,13 +121,51 @@ export async function fleetServer(
     })
   }
 
+  function identityFor(spki: Buffer, deviceId: string): Identity {
+    const spiffeId = `spiffe://edgemesh.test/device/${deviceId}`
+    const leaf = authority.issueLeaf({
+      serial: Buffer.from(newSerial(), 'hex'),
+      spki,
+      spiffeId,
+      purpose: 'client',
+      commonName: deviceId,
+      notBefore: new Date(clock() - dayMs),
+      notAfter: new Date(clock() + dayMs),
+    })
+    return {
+      deviceId,
+      spiffeId,
+      certificateChainPem: [leaf.pem, ...authority.intermediates],
+      trustBundle: bundle(),
+      notAfter: leaf.notAfter,
+      renewAfter: new Date(clock() + renewAfterMs),
+    }
+  }
+
+  const serverTime = () => new Date(clock())
   const enroll = {
-    enroll() {},
     getChallenge(_call: unknown, done: sendUnaryData<GetChallengeResponse>) {
-      done(null, { challenge: 'c1.0.0', expiresAt: new Date(clock()), serverTime: new Date(clock()) })
+      done(null, { challenge: 'c1.0.0', expiresAt: serverTime(), serverTime: serverTime() })
     },
     getTrustBundle(_call: unknown, done: sendUnaryData<GetTrustBundleResponse>) {
-      done(null, { trustBundle: bundle(), serverTime: new Date(clock()) })
+      done(null, { trustBundle: bundle(), serverTime: serverTime() })
+    },
+    async enroll(call: ServerWritableStream<EnrollRequest, EnrollResponse>) {
+      const { token, csr, device } = call.request
+      const { spki, publicKeySha256 } = checkCsr(csr)
+      const deviceId = device?.id || 'alpha'
+      const attempt = enrollments.push({ token, deviceId, keySha256: publicKeySha256 }) - 1
+      const refusal = await enrollment(attempt, {
+        pending: () =>
+          call.write({ step: { $case: 'pendingApproval', value: { deviceId } }, serverTime: serverTime() }),
+      })
+      if (refusal instanceof Fault) {
+        call.emit('error', statusOf(refusal))
+        return
+      }
+      const value = identityFor(spki, deviceId)
+      if (refusal !== 'end') call.write({ step: { $case: 'identity', value }, serverTime: serverTime() })
+      call.end()
     },
     renewCertificate(
       call: ServerUnaryCall<RenewCertificateRequest, RenewCertificateResponse>,
@@ -129,25 +175,8 @@ export async function fleetServer(
       const shown = server.shownBy(call) as X509Certificate
       const refusal = renewal(renewals.push({ shown, keySha256: publicKeySha256 }) - 1)
       if (refusal) return done(statusOf(refusal))
-      const spiffeId = shown.subjectAltName?.replace('URI:', '') ?? ''
-      const leaf = authority.issueLeaf({
-        serial: Buffer.from(newSerial(), 'hex'),
-        spki,
-        spiffeId,
-        purpose: 'client',
-        commonName: 'renewed',
-        notBefore: new Date(clock() - dayMs),
-        notAfter: new Date(clock() + dayMs),
-      })
-      const identity = {
-        deviceId: spiffeId.split('/').at(-1) ?? '',
-        spiffeId,
-        certificateChainPem: [leaf.pem, ...authority.intermediates],
-        trustBundle: bundle(),
-        notAfter: leaf.notAfter,
-        renewAfter: new Date(clock() + renewAfterMs),
-      }
-      done(null, { identity, serverTime: new Date(clock()) })
+      const deviceId = shown.subjectAltName?.split('/').at(-1) ?? ''
+      done(null, { identity: identityFor(spki, deviceId), serverTime: serverTime() })
     },
   }
 
@@ -155,11 +184,11 @@ export async function fleetServer(
     [HeartbeatServiceService, { heartbeat }],
     [EnrollServiceService, enroll],
   ])
-  return { ...server, streams, renewals, open }
+  return { ...server, streams, renewals, enrollments, open }
 }
 
 export function bundleOf(authority: Authority, id = 'first', ...others: Authority[]): TrustBundle {
-  return TrustBundle.fromPartial({ rootsPem: [authority, ...others].map(({ rootPem }) => rootPem), id })
+  return TrustBundle.fromPartial({ rootsPem: [authority, ...others].flatMap(rootsOf), id })
 }
 
 export function keySha256(keyPem: string): string {

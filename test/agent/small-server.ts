@@ -20,13 +20,18 @@ export async function smallAuthority(now = new Date()): Promise<Authority> {
   })
 }
 
+/** Whom those trust who belong to it, PEM. */
+export function rootsOf(authority: Authority): string[] {
+  return authority.roots
+}
+
 /** @param keyPem default: a new key */
 export function deviceCredentials(authority: Authority, deviceId: string, keyPem?: string): DeviceCredentials {
   const spiffeId = `spiffe://edgemesh.test/device/${deviceId}`
   const leaf = issue(authority, { purpose: 'client', spiffeId, keyPem })
   const renewAfter = new Date(leaf.notAfter.getTime() - hourMs / 3)
   const names = { deviceId, spiffeId, tokenId: '0123456789ab', trustBundleId: 'first' }
-  return { ...leaf, ...names, rootsPem: authority.rootPem, renewAfter }
+  return { ...leaf, ...names, rootsPem: rootsOf(authority).join(''), renewAfter }
 }
 
 /** A certificate of an hour before to an hour after `now`. */

@@ -5,7 +5,7 @@ import { loadState } from '../../src/agent/state.ts'
 import { TrustBundle } from '../../src/gen/edgemesh/v1/types.ts'
 import { bundleOf, fleetServer, type Reply } from './fleet-server.ts'
 import { startAgent } from './running-agent.ts'
-import { deviceCredentials, smallAuthority } from './small-server.ts'
+import { deviceCredentials, rootsOf, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()
 const newer = await smallAuthority()
@@ -32,7 +32,7 @@ test('a device trusts new roots at once, says so at once, and keeps its stream',
   t.is(agent.timer.uptime(), 0)
   const kept = await loadState(agent.stateDirectory)
   t.is(kept?.trustBundleId, 'both')
-  t.is(kept?.rootsPem, authority.rootPem + newer.rootPem)
+  t.is(kept?.rootsPem, [authority, newer].flatMap(rootsOf).join(''))
   t.is(kept?.keyPem, alpha.keyPem)
 })
 
@@ -59,7 +59,7 @@ for (const [title, bundle] of [
   ['without a root', TrustBundle.fromPartial({ id: 'empty' })],
   [
     'with a root that is none',
-    TrustBundle.fromPartial({ id: 'broken', rootsPem: [authority.rootPem.replace('MII', 'AAA')] }),
+    TrustBundle.fromPartial({ id: 'broken', rootsPem: [rootsOf(authority)[0]!.replace('MII', 'AAA')] }),
   ],
 ] as const) {
   test(`a bundle ${title} is refused, and nothing else comes of it`, async t => {
