@@ -35,12 +35,15 @@ export function connecting(command: Command): Command {
     )
 }
 
-/** Where the server is and what to show it. */
-export async function findServer(options: ConnectionOptions): Promise<{ server: string; credentials: Credentials }> {
+/** Where the server is, what to show it, and where that was found. */
+export async function findServer(
+  options: ConnectionOptions,
+): Promise<{ server: string; credentials: Credentials; folder: string }> {
   const folder =
     options.credentials || process.env.EDGEMESH_CREDENTIALS || join(process.env.DATA_DIR || '.edgemesh', 'operator')
   const { keyPem, certificatePem, rootsPem, server } = await loadCredentials(folder)
   return {
+    folder,
     server: options.server || process.env.EDGEMESH_SERVER || server || serverDefault,
     credentials: { keyPem, certificateChainPem: certificatePem, rootsPem },
   }

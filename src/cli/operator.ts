@@ -1,9 +1,15 @@
-/** `edgemesh operator`: certificates for those who administrate, made beside the database. */
+/** `edgemesh operator`: certificates for those who administrate, made beside the database and renewed from anywhere. */
+import { X509Certificate } from 'node:crypto'
 import { Command, Option } from 'commander'
 import { destination } from 'pino'
 import { createKey, signingRequestFor } from '../agent/csr.ts'
+import { renewCredentials } from '../agent/enroll.ts'
+import { comparingClocks } from '../agent/server-clock.ts'
+import { parseSpiffeId } from '../identity/spiffe-id.ts'
 import { readSettings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
+import { type ConnectionOptions, connecting, findServer } from './admin-client.ts'
+import { CommandFailure } from './failure.ts'
 import { withSecretsIfKept } from './local-secrets.ts'
 import { saveCredentials } from './operator-credentials.ts'
 import { wholeNumber } from './option-values.ts'
@@ -17,11 +23,13 @@ export function operatorCommand(): Command {
   return new Command('operator')
     .description('operators: those who administrate')
     .addCommand(createCommand())
+    .addCommand(renewCommand())
     .addHelpText(
       'after',
       `
 Examples:
   edgemesh operator create ada --role admin --out ./ada
+  edgemesh operator renew --credentials ./ada
 `,
     )
 }
@@ -72,4 +80,47 @@ async function create(name: string, options: CreateOptions): Promise<void> {
   } finally {
     await offline.close()
   }
+}
+
+function renewCommand(): Command {
+  return connecting(new Command('renew'))
+    .description('replace the key and the certificate in a folder by new ones for the same operator')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+The server asks for nothing but the certificate that is there, so renew before it expires; one that has expired is made
+anew with "edgemesh operator create", beside the database. The new one is valid for as long as the old one was. ca.crt
+gets the roots that the server trusts now. The folder changes as a whole or not at all, and the old certificate stays
+good until it expires, so nothing that runs with it has to stop.
+
+Examples:
+  edgemesh operator renew
+  edgemesh operator renew --credentials ./ada --server edgemesh.example.com:8000
+  edgemesh operator renew --credentials ./ada --json | jq -r .notAfter
+`,
+    )
+    .action(renew)
+}
+
+async function renew(options: ConnectionOptions & { json?: true }): Promise<void> {
+  const { server, credentials, folder } = await findServer(options)
+  const { name, spiffeId } = operatorIn(credentials.certificateChainPem, folder)
+  const renewed = await comparingClocks(server, renewCredentials(server, { ...credentials, spiffeId }))
+  const { keyPem, certificateChainPem, rootsPem, notAfter, trustBundleId } = renewed
+  await saveCredentials(folder, { keyPem, certificatePem: certificateChainPem, rootsPem })
+  if (options.json) console.log(JSON.stringify({ name, folder, notAfter: notAfter.toISOString(), trustBundleId }))
+  else console.log(`operator ${name} is renewed in ${folder}, valid until ${notAfter.toISOString()}`)
+}
+
+/** Whom the certificate names. */
+function operatorIn(certificatePem: string, folder: string): { name: string; spiffeId: string } {
+  const { subjectAltName = '' } = new X509Certificate(certificatePem)
+  const spiffeId = subjectAltName.replace(/^URI:/, '')
+  const named = parseSpiffeId(spiffeId)
+  if (named?.kind === 'operator') return { name: named.id, spiffeId }
+  throw new CommandFailure(
+    `operator.crt in ${folder} is not the certificate of an operator`,
+    'name the folder of one with --credentials, or make one: edgemesh operator create --help',
+  )
 }

@@ -1,6 +1,6 @@
 /**
  * Files that are whole or absent, whatever is killed at whatever moment: written beside their place, synced, and only
- * then given their name.
+ * then given their name. What was written before is on the disk before what is written next.
  */
 import { randomBytes } from 'node:crypto'
 import { link, mkdir, open, readFile, rename, rm } from 'node:fs/promises'
@@ -13,7 +13,18 @@ export const everyoneReads = 0o644
 /** Replaces what is there. */
 export async function writeWhole(path: string, content: string, mode: number): Promise<void> {
   const draft = await writeDraft(path, content, mode)
-  await rename(draft, path)
+  await moveWhole(draft, path)
+}
+
+/** Gives a file another name, in place of what has that name. */
+export async function moveWhole(from: string, to: string): Promise<void> {
+  await rename(from, to)
+  const folder = await open(dirname(to), 'r')
+  try {
+    await folder.sync()
+  } finally {
+    await folder.close()
+  }
 }
 
 /**

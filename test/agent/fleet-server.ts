@@ -121,19 +121,19 @@ export async function fleetServer(
     })
   }
 
-  function identityFor(spki: Buffer, deviceId: string): Identity {
-    const spiffeId = `spiffe://edgemesh.test/device/${deviceId}`
+  function identityFor(spki: Buffer, spiffeId: string): Identity {
+    const [, kind, id = ''] = /([a-z]+)\/([^/]+)$/.exec(spiffeId) ?? []
     const leaf = authority.issueLeaf({
       serial: Buffer.from(newSerial(), 'hex'),
       spki,
       spiffeId,
       purpose: 'client',
-      commonName: deviceId,
+      commonName: id,
       notBefore: new Date(clock() - dayMs),
       notAfter: new Date(clock() + dayMs),
     })
     return {
-      deviceId,
+      deviceId: kind === 'device' ? id : '',
       spiffeId,
       certificateChainPem: [leaf.pem, ...authority.intermediates],
       trustBundle: bundle(),
@@ -163,7 +163,7 @@ export async function fleetServer(
         call.emit('error', statusOf(refusal))
         return
       }
-      const value = identityFor(spki, deviceId)
+      const value = identityFor(spki, `spiffe://edgemesh.test/device/${deviceId}`)
       if (refusal !== 'end') call.write({ step: { $case: 'identity', value }, serverTime: serverTime() })
       call.end()
     },
@@ -175,8 +175,8 @@ export async function fleetServer(
       const shown = server.shownBy(call) as X509Certificate
       const refusal = renewal(renewals.push({ shown, keySha256: publicKeySha256 }) - 1)
       if (refusal) return done(statusOf(refusal))
-      const deviceId = shown.subjectAltName?.split('/').at(-1) ?? ''
-      done(null, { identity: identityFor(spki, deviceId), serverTime: serverTime() })
+      const spiffeId = shown.subjectAltName?.replace('URI:', '') ?? ''
+      done(null, { identity: identityFor(spki, spiffeId), serverTime: serverTime() })
     },
   }
 
