@@ -35,7 +35,7 @@ const hints: Readonly<Record<string, string>> = {
     'give the device the id that the token is for: edgemesh agent --id ID; or make another token for it',
   TOKEN_FOR_OTHER_TYPE: 'say what the device is: edgemesh agent --type TYPE; or make another token for it',
   TOKEN_FOR_OTHER_NETWORK:
-    'use it from a network that it is for, or make another: edgemesh token create --source NETWORK',
+    'use it from a network that it is for, or make another: edgemesh token create --network CIDR',
 
   // Enrollment
   ENROLLMENT_REJECTED: 'an operator has refused this device: ask why, and have a new token made for it',
@@ -87,7 +87,7 @@ const hints: Readonly<Record<string, string>> = {
 
   // The certificate authority
   ROTATION_NOT_READY:
-    'see who is behind with: edgemesh ca progress; go on without them with: edgemesh ca rotate --force',
+    'see who is behind with: edgemesh ca progress --behind; go on without them with: edgemesh ca rotate --force',
 
   // The server, as a client sees it
   SERVER_NOT_PINNED:
