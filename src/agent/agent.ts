@@ -355,7 +355,8 @@ async function afterFailure(agent: Agent, failure: unknown, broken?: Session): P
   const explained = await withClocksCompared(failure, server, clock)
   if (!isCallError(explained)) throw explained
   const error = describeCallError(explained, clock)
-  if (error.clockOffsetMs !== undefined) noteClock(agent, error.clockOffsetMs)
+  // What could not be verified is good for a sentence, and not to go by.
+  if (error.clockOffsetMs !== undefined && error.reason !== 'CLOCK_WRONG') noteClock(agent, error.clockOffsetMs)
 
   // Step 1: What ends the certificate, or the identity. Of a certificate that has been renewed since it does not.
   const aboutOlder = broken !== undefined && !isCurrent(agent, broken)

@@ -25,7 +25,7 @@ import type { Authority } from '../../src/identity/certificate-authority.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { statusOf } from '../../src/rpc/status.ts'
-import { rootsOf, type SmallServer, serveAs, serverCertificate } from './small-server.ts'
+import { rootsOf, type Shown, type SmallServer, serveAs, serverCertificate } from './small-server.ts'
 
 export type Kind = NonNullable<HeartbeatResponse['directives'][number]['kind']>
 
@@ -69,6 +69,8 @@ export async function fleetServer(
     enrollment?: (attempt: number, stream: { pending(): void }) => Promise<Fault | 'end' | undefined>
     bundle?: () => TrustBundle
     clock?: Clock
+    /** What the server shows. Default: a certificate that is good. */
+    shown?: Shown
     intervalMs?: number
     /** Renewed certificates are due for renewal after so long, by the server's clock. */
     renewAfterMs?: number
@@ -76,6 +78,7 @@ export async function fleetServer(
 ): Promise<FleetServer> {
   const { answer = () => ({ directives: [] }), renewal = () => undefined, clock = systemClock } = behaviour
   const { enrollment = async () => undefined } = behaviour
+  const { shown = serverCertificate(authority, new Date(clock())) } = behaviour
   const { bundle = () => bundleOf(authority), intervalMs = reportIntervalMs, renewAfterMs = 365 * dayMs } = behaviour
   const streams: SeenStream[] = []
   const renewals: FleetServer['renewals'] = []
@@ -180,7 +183,7 @@ export async function fleetServer(
     },
   }
 
-  const server = await serveAs(t, serverCertificate(authority), [
+  const server = await serveAs(t, shown, [
     [HeartbeatServiceService, { heartbeat }],
     [EnrollServiceService, enroll],
   ])

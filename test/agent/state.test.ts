@@ -2,7 +2,7 @@ import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promise
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
-import { keyForEnrollment, loadState, saveState } from '../../src/agent/state.ts'
+import { keyForEnrollment, keyForRenewal, loadState, saveState, saveTrust } from '../../src/agent/state.ts'
 import { deviceCredentials, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()
@@ -52,6 +52,32 @@ test('a crash between the two halves of a renewal costs nothing', async t => {
   await writeFile(join(directory, 'device.crt'), renewed.certificateChainPem)
   t.is((await loadState(directory))?.keyPem, renewed.keyPem)
   t.is(await readFile(join(directory, 'device.key'), 'utf8'), renewed.keyPem)
+})
+
+test('a renewal that crashed is repeated with the same key, and one that is done leaves none behind', async t => {
+  const directory = await folder(t)
+  const credentials = deviceCredentials(authority, 'alpha')
+  await saveState(directory, credentials)
+  const keyPem = await keyForRenewal(directory)
+  t.is(await keyForRenewal(directory), keyPem)
+  t.deepEqual(await loadState(directory), credentials)
+  t.is((await stat(join(directory, 'device.key.new'))).mode & 0o777, 0o600)
+
+  // Whom one trusts may change meanwhile.
+  await saveTrust(directory, { ...credentials, trustBundleId: 'second' })
+  t.is(await keyForRenewal(directory), keyPem)
+  t.is((await loadState(directory))?.trustBundleId, 'second')
+
+  await saveState(directory, deviceCredentials(authority, 'alpha', keyPem))
+  t.is((await loadState(directory))?.keyPem, keyPem)
+  t.not(await keyForRenewal(directory), keyPem)
+})
+
+test('a key of a renewal that can not be read is replaced, since nothing rests on it', async t => {
+  const directory = await folder(t)
+  await saveState(directory, deviceCredentials(authority, 'alpha'))
+  await writeFile(join(directory, 'device.key.new'), 'half a ke')
+  t.regex(await keyForRenewal(directory), /^-----BEGIN PRIVATE KEY-----/)
 })
 
 test('a key of another certificate is told as what it is', async t => {
