@@ -1,16 +1,18 @@
+import { mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ServerDuplexStream } from '@grpc/grpc-js'
 import test from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
 import { openSession } from '../../src/agent/session.ts'
+import { loadState } from '../../src/agent/state.ts'
 import { systemClock } from '../../src/clock.ts'
 import {
   type HeartbeatRequest,
   type HeartbeatResponse,
   HeartbeatServiceService,
 } from '../../src/gen/edgemesh/v1/heartbeat.ts'
-import { fleetServer, type Kind } from './fleet-server.ts'
+import { fleetServer, type Kind, unavailable } from './fleet-server.ts'
 import { startAgent } from './running-agent.ts'
 import { deviceCredentials, serve, smallAuthority } from './small-server.ts'
 
@@ -69,6 +71,35 @@ test('what is pushed between two reports is told at once', async t => {
     'policy-changed',
     'stopped',
   ])
+})
+
+test('a stream that breaks between two reports is missed at once', async t => {
+  const server = await fleetServer(t, authority)
+  const agent = await startAgent(t, { server: server.address, timer: unhurried() }, alpha, ({ event }, { stop }) => {
+    if (event === 'reported') server.streams[0]?.cut(unavailable())
+    if (event === 'disconnected') stop()
+  })
+  await agent.done
+  t.deepEqual(agent.told(), ['resumed', 'connecting', 'reported', 'disconnected', 'stopped'])
+})
+
+test('a certificate that can not be kept is used all the same, and kept as soon as that can be', async t => {
+  const late = { ...alpha, renewAfter: new Date() }
+  const server = await fleetServer(t, authority)
+  let inTheWay = ''
+  const agent = await startAgent(t, { server: server.address }, late, ({ event }, { stateDirectory, stop }) => {
+    if (event === 'reported' && server.streams.length === 1) {
+      inTheWay = join(stateDirectory, 'device.crt')
+      rmSync(inTheWay)
+      mkdirSync(inTheWay)
+    }
+    if (event === 'state-unsaved') rmdirSync(inTheWay)
+    if (event === 'reported' && server.streams[1]?.reports.length === 2) stop()
+  })
+  await agent.done
+  t.is(agent.told().filter(event => event === 'state-unsaved').length, 1)
+  const kept = await loadState(agent.stateDirectory)
+  t.true(kept?.certificateChainPem.startsWith(server.streams[1]?.shown.toString() ?? '?'))
 })
 
 test('a revoked device ends with an error that says what to do', async t => {

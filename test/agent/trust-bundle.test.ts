@@ -1,3 +1,4 @@
+import { mkdirSync, rmSync } from 'node:fs'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import test from 'ava'
@@ -81,6 +82,23 @@ for (const [title, bundle] of [
     t.deepEqual(await loadState(agent.stateDirectory), alpha)
   })
 }
+
+test('a bundle that can not be kept is not gone by, and the server does not hear otherwise', async t => {
+  const server = await fleetServer(t, authority, {
+    answer: ({ report }) => (report === 0 ? sending(both) : nothing),
+    bundle: () => first,
+  })
+  const agent = await startAgent(t, { server: server.address }, alpha, ({ event }, { stateDirectory, stop }) => {
+    if (event === 'connecting') {
+      rmSync(join(stateDirectory, 'ca.crt'))
+      mkdirSync(join(stateDirectory, 'ca.crt'))
+    }
+    if (event === 'reported' && server.streams[0]?.reports.length === 2) stop()
+  })
+  await agent.done
+  t.deepEqual(server.streams[0]?.reports, ['first', 'first'])
+  t.true(agent.told().includes('trust-bundle-refused'))
+})
 
 test('a directive without a bundle is no bundle', async t => {
   const server = await fleetServer(t, authority, {
