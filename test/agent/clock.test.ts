@@ -3,13 +3,11 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
-import fc from 'fast-check'
 import { describeCallError } from '../../src/agent/channel.ts'
 import { fetchTrustBundle } from '../../src/agent/enroll.ts'
 import { comparingClocks, sentenceOf } from '../../src/agent/server-clock.ts'
 import { loadState } from '../../src/agent/state.ts'
 import { saveCredentials } from '../../src/cli/operator-credentials.ts'
-import { clockOffsetSentence } from '../../src/clock.ts'
 import { mintToken } from '../../src/identity/tokens.ts'
 import { fleetServer } from './fleet-server.ts'
 import { startAgent } from './running-agent.ts'
@@ -23,23 +21,6 @@ const in56Years = () => Date.now() + 56 * yearMs
 const ahead = await smallAuthority(new Date(in56Years()))
 const today = await smallAuthority()
 
-test('how wrong a clock is, in words', t => {
-  const minute = 60_000
-  t.is(clockOffsetSentence(-3 * hourMs), "your clock is 3 hours behind the server's")
-  t.is(clockOffsetSentence(90 * minute), "your clock is 90 minutes ahead of the server's")
-  t.is(clockOffsetSentence(-61_000), "your clock is 61 seconds behind the server's")
-  t.is(clockOffsetSentence(26 * hourMs), "your clock is 26 hours ahead of the server's")
-  t.is(clockOffsetSentence(-56.3 * yearMs), "your clock is 56 years behind the server's")
-  fc.assert(
-    fc.property(fc.integer({ min: -1e14, max: 1e14 }), ms => {
-      const [, count, side] =
-        /^your clock is (\d+) [a-z]+ (behind|ahead of) the server's$/.exec(clockOffsetSentence(ms)) ?? []
-      t.is(side, ms < 0 ? 'behind' : 'ahead of')
-      t.true(Number(count) <= 3_200, count)
-    }),
-  )
-})
-
 test('a device that enrolls on a host of 1970 is told that its clock is wrong, and enrolls when it is set', async t => {
   const server = await fleetServer(t, ahead, { clock: in56Years })
   const token = mintToken({ rootKeySha256: ahead.rootKeySha256 }).text
@@ -49,10 +30,7 @@ test('a device that enrolls on a host of 1970 is told that its clock is wrong, a
   await agent.done
   const failed = agent.events.find(event => event.event === 'disconnected')
   t.is(failed?.error.reason, 'CLOCK_WRONG')
-  t.regex(
-    failed?.error.message ?? '',
-    /clock of this host.*your clock is 56 years behind the server's.*not be verified/,
-  )
+  t.regex(failed?.error.message ?? '', /clock of this host.*your clock is 56 years behind.*not be verified/)
   t.true(Math.abs((failed?.error.clockOffsetMs ?? 0) + 56 * yearMs) < 60_000)
   t.deepEqual(server.enrollments, [])
 })
@@ -89,7 +67,7 @@ test('a command on such a host says clock', async t => {
         resolve(stderr),
       )
     })
-    t.regex(stderr, /^error: .*your clock is 56 years behind the server's/m)
+    t.regex(stderr, /^error: .*your clock is 56 years behind/m)
     t.regex(stderr, /^hint: set the clock of this host/m)
   }
 })
@@ -133,7 +111,7 @@ test('a clock that is wrong is told once, and once when it is right again', asyn
 
 test('a sentence names the clock when it is over a minute out, and only then', t => {
   const error = { code: 'UNAUTHENTICATED', reason: 'X', message: 'no', violations: [], metadata: {} }
-  t.is(sentenceOf({ ...error, clockOffsetMs: 61_000 }), "no; your clock is 61 seconds ahead of the server's")
+  t.is(sentenceOf({ ...error, clockOffsetMs: 61_000 }), 'no; your clock is 61 s ahead')
   t.is(sentenceOf({ ...error, clockOffsetMs: -60_000 }), 'no')
   t.is(sentenceOf(error), 'no')
 })

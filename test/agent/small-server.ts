@@ -22,7 +22,7 @@ export async function smallAuthority(now = new Date()): Promise<Authority> {
 
 /** Whom those trust who belong to it, PEM. */
 export function rootsOf(authority: Authority): string[] {
-  return authority.roots
+  return [authority.rootPem]
 }
 
 /** @param keyPem default: a new key */

@@ -6,7 +6,7 @@ import { Fault } from '../../src/fault.ts'
 import { createHeartbeats } from '../../src/fleet/heartbeat.ts'
 import type { Report } from '../../src/fleet/report-writer.ts'
 import type { HeartbeatRequest, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
-import type { Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import { type Posture, TrustBundle } from '../../src/gen/edgemesh/v1/types.ts'
 
 const now = Date.parse('2026-11-24T12:00:00Z')
 
@@ -27,6 +27,8 @@ async function serve(requests: Partial<HeartbeatRequest>[]) {
     }),
     deviceStatus: async () => ({ status: 'active', reason: '' }),
     policyRevision: () => 'one',
+    issuerKeyId: () => '',
+    trustBundle: () => TrustBundle.fromPartial({}),
     limit: async () => {},
     intervalMs: 30_000,
     maxAgeMs: 300_000,
@@ -36,7 +38,7 @@ async function serve(requests: Partial<HeartbeatRequest>[]) {
     onHeartbeat: () => {},
   })
   const call = {
-    caller: { kind: 'device', id: 'alpha', notAfter: now + 86_400_000 },
+    caller: { kind: 'device', id: 'alpha', issuerKeyId: '', notAfter: now + 86_400_000 },
     audit: { target: '', detail: {}, written: false },
   } as unknown as Call
   const stream = {
