@@ -17,6 +17,8 @@ export type Identified = {
   issuerKeyId: string
   /** The certificate's serial number, lower-case hex without leading zeros' loss: 32 characters. */
   serial: string
+  /** Start of the certificate's validity, ms since epoch: a little before it was issued. */
+  notBefore: number
   /** End of the certificate's validity, ms since epoch. */
   notAfter: number
   /** The operator's role, from the certificate's subject OU; the empty string for devices and services. */

@@ -35,7 +35,7 @@ import { type AuthorityOptions, type AuthoritySet, keepAuthorities, openAuthorit
 import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
-import { createIssuance } from './identity/issuance.ts'
+import { createIssuance, isLateInLife } from './identity/issuance.ts'
 import { issueOperator } from './identity/operator.ts'
 import { createRenew } from './identity/renew.ts'
 import { createRotation } from './identity/rotation.ts'
@@ -219,7 +219,7 @@ async function compose(
     requirements: async () => (await facts.policyData()).requirements,
     async deviceStatus(id) {
       const device = await facts.device(id)
-      return { status: device?.status ?? 'revoked', reason: device?.statusReason ?? '' }
+      return device && { status: device.status, reason: device.statusReason }
     },
     policyRevision: engine.revision,
     issuerKeyId: () => authorities.current().issuing.issuerKeyId,
@@ -227,10 +227,13 @@ async function compose(
     limit: rateLimit('RATE_LIMIT_HEALTH', settings.rateLimits.health),
     intervalMs: settings.health.heartbeatIntervalMs,
     maxAgeMs: settings.health.maxAgeMs,
-    certValidityMs,
+    isLateInLife,
     clock,
     random: Math.random,
     onHeartbeat: () => metrics.heartbeat(),
+  })
+  feed.onChange(keys => {
+    for (const key of keys) if (key.startsWith('device:')) heartbeats.tell(key.slice('device:'.length))
   })
   const census = await startCensus({ pool: db.pool, maxAgeMs: settings.health.maxAgeMs, log })
   stops.push(census.stop)
@@ -253,7 +256,18 @@ async function compose(
     log,
     onCall: metrics.call,
   })
-  stops.push(enforceStanding({ feed, standing, dispatch, onTrustChange: authorities.onChange, clock, log }))
+  const enforcement = enforceStanding({
+    feed,
+    standing,
+    dispatch,
+    onTrustChange: authorities.onChange,
+    beforeCut(caller, { reason, metadata }) {
+      if (reason === 'DEVICE_REVOKED') heartbeats.tellRevoked(caller, metadata.because ?? '')
+    },
+    clock,
+    log,
+  })
+  stops.push(enforcement.stop)
   authorities.onChange(() => {
     trustBundle.invalidate()
     void heartbeats.tellAuthorities()
@@ -285,7 +299,12 @@ async function compose(
       enroll: createEnroll(enrollDeps),
       challenges,
       limitAnonymous: anonymousLimit('RATE_LIMIT_ENROLLMENTS', enrollments),
-      renewCertificate: createRenew(enrollDeps),
+      renewCertificate: createRenew({
+        ...enrollDeps,
+        recovery: settings.identity.recovery,
+        log,
+        onRecovery: metrics.recovery,
+      }),
       trustBundle,
       heartbeats,
       check: createCheck(authorizeDeps),
@@ -314,6 +333,8 @@ async function compose(
     identity: serverCertificate.current(),
     trustedProxies: settings.api.trustedProxies,
     onProxyHeader: metrics.proxyHeader,
+    isIssuedByUs: certificate => authorities.current().trusted.some(({ hasIssued }) => hasIssued(certificate)),
+    onConnection: enforcement.connected,
     log,
   })
   const openedPort = port

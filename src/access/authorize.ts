@@ -149,7 +149,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
         if (lease) {
           held.set(lease.id, lease)
           // A stream that was cut while this was decided holds nothing any more, and nobody will end it there.
-          if (over) close([lease.id])
+          if (over) letGo(lease)
         }
         return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
       })
@@ -162,6 +162,14 @@ export function createAuthorize(deps: AuthorizeDeps) {
         held.delete(id)
         return lease !== undefined && deps.leases.close(lease)
       })
+    }
+
+    /** The stream is over: its leases are closed with it, or taken back if its holder was thrown out. */
+    function letGo(lease: Lease): void {
+      held.delete(lease.id)
+      const cut: unknown = call.signal.reason
+      if (cut instanceof Fault && cut.code === 'UNAUTHENTICATED') deps.leases.revoke(lease, [thrownOut(cut)])
+      else deps.leases.close(lease)
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
@@ -208,8 +216,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
       })
     } finally {
       over = true
-      for (const lease of held.values()) deps.leases.close(lease)
-      held.clear()
+      for (const lease of [...held.values()]) letGo(lease)
     }
   }
 }
@@ -353,6 +360,10 @@ const notHeld: PolicyReason = {
   actual: 'ended',
   required: 'held on this stream',
   message: 'The connection has ended; ask anew.',
+}
+
+function thrownOut({ reason: code, message }: Fault): PolicyReason {
+  return { code, field: 'device.certificate', actual: 'refused', required: 'in force', message: `${message}.` }
 }
 
 /** Codes of faults that pass by themselves. */

@@ -5,8 +5,8 @@
  *
  * - `active`: allowed. Decided anew when a fact that it rests on changes, when its verdict expires (health about to turn
  *   stale, closing time), and when the policy changes. Stays active if the answer is still yes.
- * - `revoked`: the answer has become no, an operator closed it, or this instance has been cut off from the facts for
- *   longer than the grace time. The holder is told at once; the record follows.
+ * - `revoked`: the answer has become no, an operator closed it, its holder was thrown out, or this instance has been cut
+ *   off from the facts for longer than the grace time. The holder is told at once; the record follows.
  * - `closed`: the holder ended it, or its stream did.
  *
  * Both ends are final.
@@ -47,6 +47,8 @@ export type Revocation = {
 export type Leases = {
   /** From here on the lease is watched: before it is on record, so that no change falls between. */
   grant(lease: Omit<Lease, 'id' | 'state' | 'grantedAtMs'>): Lease
+  /** It is taken back for something that policy has no part in. */
+  revoke(lease: Lease, reasons: PolicyReason[]): void
   /** The holder ends it. @returns false when it had ended before */
   close(lease: Lease): boolean
   /** The same, with its record left to the caller's batch. */
@@ -215,6 +217,7 @@ export function createLeases(options: LeasesOptions): Leases {
       else byDevice.set(lease.question.deviceId, new Set([lease]))
       return lease
     },
+    revoke: (lease, reasons) => revoke(lease, reasons, engine.revision()),
     close(lease) {
       if (lease.state !== 'active') return false
       end(lease, 'closed')

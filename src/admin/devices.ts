@@ -27,6 +27,7 @@ import type {
 import { DeviceStatus, DeviceType } from '../gen/edgemesh/v1/types.ts'
 import type { RevocationReason } from '../identity/crl.ts'
 import { Certificate } from '../identity/entities.ts'
+import { ofDeletedDevice } from '../identity/standing.ts'
 import { change } from './change.ts'
 import { cutPage, page } from './paging.ts'
 import { check, enumValue, id, labels, reason } from './request.ts'
@@ -76,7 +77,7 @@ const transitions: Record<Step, Partial<Record<DeviceStatusName, DeviceStatusNam
 /** Where a device is out, and its certificates with it: what the revocation list says of them. */
 const revocationReasons: Partial<Record<DeviceStatusName | 'deleted', RevocationReason>> = {
   revoked: 'privilegeWithdrawn',
-  deleted: 'cessationOfOperation',
+  deleted: ofDeletedDevice,
 }
 
 const listRequest = z.object({ ...page(z.tuple([id])), status: enumValue(DeviceStatus), labels })

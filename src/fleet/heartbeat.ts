@@ -28,7 +28,8 @@ import type { ReportWriter } from './report-writer.ts'
 export type HeartbeatDeps = {
   writer: ReportWriter
   requirements: () => Promise<PostureRequirements>
-  deviceStatus: (deviceId: string) => Promise<{ status: string; reason: string }>
+  /** `undefined`: there is no such device any more. */
+  deviceStatus: (deviceId: string) => Promise<DeviceStatus | undefined>
   policyRevision: () => string
   /** Whose certificates are issued now, by key identifier, and the roots that are trusted. */
   issuerKeyId: () => string
@@ -37,11 +38,14 @@ export type HeartbeatDeps = {
   limit: (deviceId: string) => Promise<void>
   intervalMs: number
   maxAgeMs: number
-  certValidityMs: number
+  /** Whether the certificate is so late in its life that the device has to be reminded. */
+  isLateInLife: (certificate: Identified, nowMs: number) => boolean
   clock: Clock
   random: () => number
   onHeartbeat: () => void
 }
+
+export type DeviceStatus = { status: string; reason: string }
 
 export type Heartbeats = {
   serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void>
@@ -52,6 +56,10 @@ export type Heartbeats = {
    * authority's are asked to renew, spread so that renewals come at a pace that this instance keeps up with.
    */
   tellAuthorities(): Promise<void>
+  /** Something of the device has changed: it is told now, not with its next report, if it was quarantined or released. */
+  tell(deviceId: string): void
+  /** The device is out, and the streams of this certificate of it are about to be cut. */
+  tellRevoked(device: Identified, reason: string): void
 }
 
 const openConnectionIdsMax = 1_024
@@ -66,8 +74,11 @@ const jitterShare = 0.15
 
 type OpenStream = { stream: MessageStream<HeartbeatRequest, HeartbeatResponse>; caller: Identified; told: Told }
 
-/** What a stream has been told, so that it is told once. `renewFor`: the issuer for whom it has been asked to renew. */
-type Told = { revision: string; renewFor: string }
+/**
+ * What a stream has been told, so that it is told once. `changes` counts the changes of its device: who has read how the
+ * device stands before the last of them has nothing to say. `renewFor`: the issuer for whom it has been asked to renew.
+ */
+type Told = { revision: string; isQuarantined: boolean; changes: number; renewFor: string }
 
 /** What one stream has said so far. */
 type Said = {
@@ -80,15 +91,18 @@ type Said = {
 
 export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   const streams = new Set<OpenStream>()
+  const byDevice = new Map<string, Set<OpenStream>>()
 
   async function serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void> {
     const { caller } = call
     if (caller.kind !== 'device') throw new Error('the method is for devices only')
     const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0, trustBundleId: '' }
-    const told: Told = { revision: deps.policyRevision(), renewFor: '' }
+    const told: Told = { revision: deps.policyRevision(), isQuarantined: false, changes: 0, renewFor: '' }
     const open = { stream, caller, told }
     call.audit.target = `device/${caller.id}`
     streams.add(open)
+    const ofDevice = byDevice.get(caller.id) ?? new Set()
+    byDevice.set(caller.id, ofDevice.add(open))
     try {
       await stream.receive(async request => {
         await deps.limit(caller.id)
@@ -108,10 +122,12 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
           announce,
         })
         deps.onHeartbeat()
-        stream.send(await acknowledge(request.sequence, failing, caller, told))
+        stream.send(await acknowledge(request.sequence, failing, open))
       })
     } finally {
       streams.delete(open)
+      ofDevice.delete(open)
+      if (ofDevice.size === 0 && byDevice.get(caller.id) === ofDevice) byDevice.delete(caller.id)
     }
   }
 
@@ -146,12 +162,11 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   async function acknowledge(
     sequence: number,
     failing: string[],
-    caller: Identified,
-    told: Told,
+    { caller, told }: OpenStream,
   ): Promise<HeartbeatResponse> {
     const directives: Directive[] = []
     const now = deps.clock()
-    if (caller.notAfter - now < deps.certValidityMs / 3) {
+    if (deps.isLateInLife(caller, now)) {
       directives.push({ kind: { $case: 'renewCertificate', value: { delay: undefined } } })
     }
     directives.push(...renewalForIssuer(caller, told))
@@ -160,8 +175,9 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       told.revision = revision
       directives.push({ kind: { $case: 'policyChanged', value: { revision } } })
     }
-    const { status, reason } = await deps.deviceStatus(caller.id)
-    if (status === 'quarantined') directives.push({ kind: { $case: 'quarantined', value: { reason } } })
+    const { changes } = told
+    const standing = await deps.deviceStatus(caller.id)
+    if (told.changes === changes) directives.push(...statusNews(told, standing, 'again'))
     const jittered = deps.intervalMs * (1 + jitterShare * (2 * deps.random() - 1))
     return {
       acknowledgedSequence: sequence,
@@ -210,5 +226,38 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
         push(open, [...directives, ...renewalForIssuer(open.caller, open.told)])
       }
     },
+    tell(deviceId) {
+      for (const open of byDevice.get(deviceId) ?? []) {
+        const changes = ++open.told.changes
+        deps.deviceStatus(deviceId).then(
+          standing => {
+            if (open.told.changes !== changes) return
+            const news = statusNews(open.told, standing, 'once')
+            if (news.length > 0) push(open, news)
+          },
+          // The next acknowledgement says it.
+          () => {},
+        )
+      }
+    },
+    tellRevoked({ id, serial }, reason) {
+      for (const open of byDevice.get(id) ?? []) {
+        if (open.caller.serial === serial) push(open, [{ kind: { $case: 'revoked', value: { reason } } }])
+      }
+    },
   }
+}
+
+/**
+ * What a stream has not been told of how its device stands.
+ *
+ * @param quarantine whether one that goes on is told once, or again
+ */
+function statusNews(told: Told, standing: DeviceStatus | undefined, quarantine: 'once' | 'again'): Directive[] {
+  const was = told.isQuarantined
+  told.isQuarantined = standing?.status === 'quarantined'
+  if (told.isQuarantined && standing && (!was || quarantine === 'again')) {
+    return [{ kind: { $case: 'quarantined', value: { reason: standing.reason } } }]
+  }
+  return was && standing?.status === 'active' ? [{ kind: { $case: 'released', value: {} } }] : []
 }

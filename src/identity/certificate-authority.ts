@@ -49,8 +49,8 @@ export type Authority = {
   /** @throws Fault UNAVAILABLE AUTHORITY_KEY_MISSING where the key is not on this instance; so does `issueCrl` */
   issueLeaf(template: LeafTemplate): IssuedCertificate
   issueCrl(template: CrlTemplate): Buffer
-  /** Whether `der` is signed by the issuing CA. Nothing is said of dates, purpose or revocation. */
-  hasIssued(der: Uint8Array): boolean
+  /** Whether a certificate is signed by the issuing CA. Nothing is said of dates, purpose or revocation. */
+  hasIssued(certificate: X509Certificate): boolean
 }
 
 const generateKeyPairAsync = promisify(generateKeyPair)
@@ -314,16 +314,7 @@ function authorityOf(chain: X509Certificate[], privateKey: KeyObject | undefined
     issuerKeyId: issuer.keyId.toString('hex'),
     issueLeaf: template => issueLeaf(issuer, template),
     issueCrl: template => issueCrl(issuer, template),
-    hasIssued: der => isIssuedBy(der, chain[0]!),
-  }
-}
-
-function isIssuedBy(der: Uint8Array, ca: X509Certificate): boolean {
-  try {
-    const certificate = new X509Certificate(der)
-    return certificate.checkIssued(ca) && certificate.verify(ca.publicKey)
-  } catch {
-    return false
+    hasIssued: certificate => certificate.checkIssued(chain[0]!) && certificate.verify(chain[0]!.publicKey),
   }
 }
 

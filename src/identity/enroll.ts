@@ -17,7 +17,7 @@ import { type DeviceDescription, DeviceType } from '../gen/edgemesh/v1/types.ts'
 import type { Challenges } from './challenge.ts'
 import { type CheckedCsr, checkCsr } from './csr.ts'
 import { EnrollmentToken, TokenRedemption } from './entities.ts'
-import { csrReplayed, type Issuance, type Reservation, type SignedCertificate } from './issuance.ts'
+import { csrReplayed, type Issuance, type Reservation, type SignedCertificate, type Subject } from './issuance.ts'
 import { formatSpiffeId, isSafeId } from './spiffe-id.ts'
 import { parseToken, secretMatches } from './tokens.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
@@ -50,7 +50,7 @@ export function createEnroll(deps: EnrollDeps) {
         throw csrReplayed(error)
       })
       const certificate = await deps.issuance.sign(reservation)
-      const identity = await identityOf(deps, reservation.subject.id, certificate)
+      const identity = await identityOf(deps, reservation.subject, certificate)
       deps.onEnrollment('enrolled')
       yield { step: { $case: 'identity', value: identity }, serverTime: new Date(deps.clock()) }
     } catch (error) {
@@ -60,15 +60,15 @@ export function createEnroll(deps: EnrollDeps) {
   }
 }
 
-/** What a device receives when a certificate was issued to it. */
+/** What a device, or an operator, receives when a certificate was issued to it. */
 export async function identityOf(
   deps: Pick<EnrollDeps, 'trustBundle' | 'trustDomain'>,
-  deviceId: string,
+  { kind, id }: Subject,
   certificate: SignedCertificate,
 ): Promise<Identity> {
   return {
-    deviceId,
-    spiffeId: formatSpiffeId({ trustDomain: deps.trustDomain, kind: 'device', id: deviceId }),
+    deviceId: kind === 'device' ? id : '',
+    spiffeId: formatSpiffeId({ trustDomain: deps.trustDomain, kind, id }),
     certificateChainPem: certificate.chainPem,
     trustBundle: await deps.trustBundle.current(),
     notAfter: certificate.notAfter,
@@ -191,7 +191,7 @@ async function upsertDevice(
 
   const [device] = await em.execute<{ status: string; ours: boolean }[]>(
     `select status, exists (select from certificates c where c.subject_kind = 'device' and c.subject_id = devices.id
-       and c.public_key_sha256 = ?) as ours from devices where id = ? for update`,
+       and c.public_key_sha256 = ? and (c.revoked_at is null or devices.status = 'revoked')) as ours from devices where id = ? for update`,
     [key.publicKeySha256, id],
   )
   if (!device?.ours) {

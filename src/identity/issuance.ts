@@ -127,6 +127,19 @@ export function csrReplayed(error: unknown): unknown {
   return new Fault('FAILED_PRECONDITION', 'CSR_REPLAYED', message, { cause: error })
 }
 
+/** For how long a certificate was made out. Its life begins when it is issued, not when it is dated. */
+export function validityMsOf({ notBefore, notAfter }: { notBefore: number; notAfter: number }): number {
+  return notAfter - (notBefore + backdateMs)
+}
+
+/** Whether a certificate is so late in its life that its holder, who renews by itself well before, has to be reminded. */
+export function isLateInLife(dates: { notBefore: number; notAfter: number }, nowMs: number): boolean {
+  return nowMs >= dates.notAfter - validityMsOf(dates) * (1 - lateShare)
+}
+
+/** Share of its life after which a certificate is late. */
+const lateShare = 0.75
+
 /**
  * When to renew: around two thirds into the life of the certificate, which begins when it is issued, not when it is dated.
  * Spread over a tenth of that life, so that those who enrolled together do not come back together.

@@ -9,6 +9,9 @@ import { checkCsr } from './csr.ts'
 import type { Issuance } from './issuance.ts'
 import { isSafeId } from './spiffe-id.ts'
 
+/** Longer than this no operator's certificate is made out: the 825 days that browsers allowed once, for the same reasons. */
+export const operatorValidityMsMax = 825 * 86_400_000
+
 /** @returns the certificate and what is above it, PEM, and the roots to trust */
 export async function issueOperator(
   deps: { db: Database; authorities: { current(): AuthoritySet }; issuance: Issuance },

@@ -7,7 +7,9 @@ import type pg from 'pg'
 import type { Identified } from '../caller.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { keepFacts } from '../db/kept-facts.ts'
+import type { EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
+import type { RevocationReason } from './crl.ts'
 
 export type Standing = {
   /** @throws Fault UNAUTHENTICATED that says what was revoked; UNAVAILABLE when that can't be known now */
@@ -16,13 +18,20 @@ export type Standing = {
 
 /** Holders kept in memory, a few hundred bytes each. */
 const holdersMax = 100_000
+/** Which certificates have expired is for the instance's clock to say; the database's may be ahead of it by so much. */
+const clockMarginSeconds = 3_600
 
 type Holder = {
-  /** `null` where there is no such device (any more). */
-  deviceStatus: string | null
-  /** By serial: why it was revoked, `undefined` where it was not. */
-  certificates: Map<string, string | undefined>
+  /** `undefined` where there is no such device (any more). */
+  device: DeviceOnRecord | undefined
+  /** By serial. */
+  certificates: Map<string, CertificateOnRecord>
 }
+
+type DeviceOnRecord = { status: string; statusReason: string }
+
+/** `revoked`: why; `null` where it was not. */
+type CertificateOnRecord = { revoked: string | null }
 
 export function createStanding(options: {
   pool: pg.Pool
@@ -39,20 +48,20 @@ export function createStanding(options: {
   async function load(kind: Identified['kind'], id: string): Promise<Holder> {
     const { rows } = await pool.query<{
       serial: string
-      revoked_at: Date | null
-      revocation_reason: string | null
+      revoked: string | null
       status: string | null
+      status_reason: string
     }>(
-      `select c.serial, c.revoked_at, c.revocation_reason, d.status from certificates c
-       left join devices d on c.subject_kind = 'device' and d.id = c.subject_id
-       where c.subject_kind = $1 and c.subject_id = $2 and c.not_after > now()`,
-      [kind, id],
+      `select c.serial, case when c.revoked_at is not null then coalesce(c.revocation_reason, 'unspecified') end as revoked,
+         d.status, d.status_reason
+       from certificates c left join devices d on c.subject_kind = 'device' and d.id = c.subject_id
+       where c.subject_kind = $1 and c.subject_id = $2 and c.not_after > now() - make_interval(secs => $3)`,
+      [kind, id, clockMarginSeconds],
     )
+    const [first] = rows
     return {
-      deviceStatus: rows[0]?.status ?? null,
-      certificates: new Map(
-        rows.map(row => [row.serial, row.revoked_at ? row.revocation_reason || 'unspecified' : undefined]),
-      ),
+      device: first?.status ? { status: first.status, statusReason: first.status_reason } : undefined,
+      certificates: new Map(rows.map(({ serial, revoked }) => [serial, { revoked }])),
     }
   }
 
@@ -67,15 +76,7 @@ export function createStanding(options: {
         kept.forget(id)
         holder = (await kept.get(id)).value
       }
-      if (!holder.certificates.has(serial) || (kind === 'device' && holder.deviceStatus === null)) {
-        const message = 'this certificate authority has no record of the client certificate'
-        throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_UNKNOWN', message)
-      }
-      if (holder.deviceStatus === 'revoked') throw deviceRevoked(id)
-      const reason = holder.certificates.get(serial)
-      if (reason !== undefined) {
-        throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_REVOKED', `the client certificate has been revoked (${reason})`)
-      }
+      demandUnrevoked({ kind, id }, holder.device, holder.certificates.get(serial))
     },
   }
 }
@@ -85,6 +86,57 @@ function certificateRetired(): Fault {
   return new Fault('UNAUTHENTICATED', 'CERTIFICATE_RETIRED', message)
 }
 
-export function deviceRevoked(id: string): Fault {
-  return new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', `device ${id} has been revoked`)
+/**
+ * The same for who is about to get another certificate, which must not come of one that was revoked a moment ago. Read in
+ * the transaction of `em`, and a device is moved by nobody else until that has ended: a revocation or a deletion that is
+ * under way either sees the new certificate or is seen here. Expired certificates count too.
+ */
+export async function demandStandingNow(em: EntityManager, { kind, id, serial }: Identified): Promise<void> {
+  const [device] =
+    kind === 'device'
+      ? await em.execute<DeviceOnRecord[]>(
+          'select status, status_reason as "statusReason" from devices where id = ? for update',
+          [id],
+        )
+      : []
+  const [certificate] = await em.execute<CertificateOnRecord[]>(
+    `select case when revoked_at is not null then coalesce(revocation_reason, 'unspecified') end as revoked
+     from certificates where serial = ? and subject_kind = ? and subject_id = ?`,
+    [serial, kind, id],
+  )
+  demandUnrevoked({ kind, id }, device, certificate)
+}
+
+/** @throws Fault UNAUTHENTICATED with the reason why a certificate, as it is on record, is worth nothing */
+function demandUnrevoked(
+  { kind, id }: Pick<Identified, 'kind' | 'id'>,
+  device: DeviceOnRecord | undefined,
+  certificate: CertificateOnRecord | undefined,
+): void {
+  if (!certificate) {
+    const message = 'this certificate authority has no record of the client certificate'
+    throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_UNKNOWN', message)
+  }
+  // A device that has enrolled since under the same name is another one.
+  if (kind === 'device' && (!device || certificate.revoked === ofDeletedDevice)) throw deviceDeleted(id)
+  if (device?.status === 'revoked') throw deviceRevoked(id, device.statusReason)
+  if (certificate.revoked !== null) {
+    const message = `the client certificate has been revoked (${certificate.revoked})`
+    throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_REVOKED', message)
+  }
+}
+
+/** The reason for which certificates are revoked when their device is deleted, and never else. */
+export const ofDeletedDevice: RevocationReason = 'cessationOfOperation'
+
+/** Out for good. `because` is what the operator said, and metadata too. */
+function deviceRevoked(id: string, because: string): Fault {
+  const message = `device ${id} has been revoked${because && `: ${because}`}`
+  return new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', message, { metadata: { because } })
+}
+
+/** Gone, and free to come again. */
+function deviceDeleted(id: string): Fault {
+  const message = `device ${id} has been deleted: enroll it again with a new token`
+  return new Fault('UNAUTHENTICATED', 'DEVICE_DELETED', message)
 }

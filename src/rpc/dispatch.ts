@@ -29,12 +29,23 @@ import { type Clock, clockOffsetMs } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { MessageStream } from '../message-stream.ts'
 import type { Log } from '../telemetry/log.ts'
-import { callerOf, demandIdentity, type Peer } from './peer.ts'
+import { callerOf, demandIdentity, demandRenewable, type Peer } from './peer.ts'
 import { serverTimeFrom } from './server-time.ts'
 import { faultOf, type InternalError, namingClock, statusOf } from './status.ts'
 
-/** Who may call a method. `anyone`: no certificate is needed. */
-export type Access = 'anyone' | 'identified' | 'device' | 'operator' | 'device, operator or service'
+/**
+ * Who may call a method. `anyone`: no certificate is needed. `…, even expired`: a device also with a certificate that has
+ * expired, of which nothing is known then but that it was ours and that the caller holds its key.
+ */
+export type Access =
+  | 'anyone'
+  | 'identified'
+  | 'device'
+  | 'operator'
+  | 'device, operator or service'
+  | typeof evenExpired
+
+const evenExpired = 'operator or device, even expired'
 
 export type MethodHandler =
   // biome-ignore lint/suspicious/noExplicitAny: the messages' types are checked where a service's handlers are given
@@ -51,8 +62,6 @@ export type Dispatch = {
   add(definition: ServiceDefinition, handlers: Record<string, MethodHandler>, unimplemented: Access): void
   /** Ends all open calls of those callers with a fault. */
   cut(concerns: (caller: Identified) => boolean, fault: Fault): void
-  /** Who has calls open; with `concerns`, only those named there as `<kind>:<id>`. One entry a certificate. */
-  callers(concerns?: ReadonlySet<string>): Identified[]
   /** Open calls by method. */
   streamsOpen(): Map<string, number>
   /** Ends every stream with a fault, once what it has received is answered. Other calls end by themselves. */
@@ -99,9 +108,11 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   /** Steps 1 to 3. */
   async function admit(peer: Peer, call: Call, access: Access): Promise<void> {
     if (access === 'anyone') return
-    const caller = demandIdentity(peer, call.startedAt)
+    const demand = access === evenExpired ? demandRenewable : demandIdentity
+    const caller = demand(peer, call.startedAt)
     call.caller = caller
-    await options.demandStanding(caller)
+    // Whether one that has expired would still stand is for the handler to find out, with all else that it takes.
+    if (caller.notAfter > call.startedAt) await options.demandStanding(caller)
     if (access !== 'identified' && !access.includes(caller.kind)) {
       throw new Fault('PERMISSION_DENIED', 'WRONG_CALLER', `this is for a ${access}, not for a ${caller.kind}`)
     }
@@ -281,15 +292,6 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       for (const { call, cut } of open) {
         if (call.caller.kind !== 'anonymous' && concerns(call.caller)) cut(fault)
       }
-    },
-    callers(concerns) {
-      const found = new Map<string, Identified>()
-      for (const { call } of open) {
-        const { caller } = call
-        if (caller.kind === 'anonymous') continue
-        if (!concerns || concerns.has(`${caller.kind}:${caller.id}`)) found.set(caller.serial, caller)
-      }
-      return [...found.values()]
     },
     finishAll(fault) {
       for (const { finish } of open) finish(fault)

@@ -4,6 +4,7 @@
  * OpenSSL has verified the chain, the dates and the purpose by then; what it found is kept as the reason why calls
  * that need an identity are refused. Dates are looked at again with each call, because connections outlive certificates.
  */
+import type { X509Certificate } from 'node:crypto'
 import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
@@ -17,15 +18,28 @@ export type Peer = {
   identity: Identified | PeerRefusal
 }
 
-export type PeerRefusal = { refused: string; message: string }
+export type PeerRefusal = {
+  refused: string
+  message: string
+  /** Whose the certificate was, where nothing is wrong with it but that it has expired. */
+  expired?: Identified
+}
+
+/** Whether a certificate carries the signature of an authority that we trust, whatever its dates are. */
+export type IsIssuedByUs = (certificate: X509Certificate) => boolean
 
 /**
- * Reads the peer of a socket whose handshake has just finished.
+ * Reads the peer of a socket whose handshake has just finished: it holds the key of the certificate that it shows.
  *
  * @param address the client's own, where a proxy has told it
  */
-export function readPeer(socket: TLSSocket, trustDomain: string, address = socket.remoteAddress ?? ''): Peer {
-  return { address: plainAddress(address), identity: readIdentity(socket, trustDomain) }
+export function readPeer(
+  socket: TLSSocket,
+  trustDomain: string,
+  isIssuedByUs: IsIssuedByUs,
+  address = socket.remoteAddress ?? '',
+): Peer {
+  return { address: plainAddress(address), identity: readIdentity(socket, trustDomain, isIssuedByUs) }
 }
 
 /** @throws Fault UNAUTHENTICATED with the reason why the peer has no identity, or has it no longer */
@@ -34,6 +48,13 @@ export function demandIdentity(peer: Peer, nowMs: number): Identified {
   if ('refused' in identity) throw new Fault('UNAUTHENTICATED', identity.refused, identity.message)
   if (identity.notAfter <= nowMs) throw certificateExpired()
   return identity
+}
+
+/** The same for calls that a device may make although its certificate has expired. */
+export function demandRenewable(peer: Peer, nowMs: number): Identified {
+  const { identity } = peer
+  const holder = 'refused' in identity ? identity.expired : identity
+  return holder?.kind === 'device' && holder.notAfter <= nowMs ? holder : demandIdentity(peer, nowMs)
 }
 
 /** For calls that need no identity: the one that the peer has, if it holds. */
@@ -58,22 +79,21 @@ const refusals: Record<string, PeerRefusal> = {
   },
 }
 
-function readIdentity(socket: TLSSocket, trustDomain: string): Identified | PeerRefusal {
+const untrusted: PeerRefusal = {
+  refused: 'CERTIFICATE_UNTRUSTED',
+  message: 'the client certificate was not issued by this certificate authority',
+}
+
+function readIdentity(socket: TLSSocket, trustDomain: string, isIssuedByUs: IsIssuedByUs): Identified | PeerRefusal {
   const certificate = socket.getPeerX509Certificate()
   if (!certificate) {
     return { refused: 'CERTIFICATE_MISSING', message: 'this call needs a client certificate: enroll first' }
   }
-  if (!socket.authorized) {
-    const { authorizationError } = socket as { authorizationError: unknown }
-    const code =
-      authorizationError instanceof Error ? (authorizationError as { code?: string }).code : authorizationError
-    return (
-      refusals[String(code)] ?? {
-        refused: 'CERTIFICATE_UNTRUSTED',
-        message: 'the client certificate was not issued by this certificate authority',
-      }
-    )
-  }
+  const wrong = socket.authorized ? undefined : verificationError(socket)
+  if (wrong !== undefined && wrong !== 'CERT_HAS_EXPIRED') return refusals[wrong] ?? untrusted
+  // OpenSSL tells only the last of what it found. That a certificate has expired says nothing of who signed it.
+  if (wrong === 'CERT_HAS_EXPIRED' && !isIssuedByUs(certificate)) return untrusted
+
   const described = describeCertificate(certificate.raw)
   const { spiffeId } = described
   if (!spiffeId || spiffeId.trustDomain !== trustDomain) {
@@ -84,14 +104,23 @@ function readIdentity(socket: TLSSocket, trustDomain: string): Identified | Peer
   }
   // A certificate without extended key usage passes OpenSSL's check of the purpose; ours always have it.
   if (!described.hasClientAuth) return refusals.INVALID_PURPOSE as PeerRefusal
-  return {
+  const identity: Identified = {
     kind: spiffeId.kind,
     id: spiffeId.id,
     spiffeId: `spiffe://${trustDomain}/${spiffeId.kind}/${spiffeId.id}`,
     issuerKeyId: described.issuerKeyId,
     serial: described.serialHex,
+    notBefore: described.notBefore.getTime(),
     notAfter: described.notAfter.getTime(),
     role: spiffeId.kind === 'operator' ? (described.organizationalUnit ?? '') : '',
     publicKeySha256: described.publicKeySha256,
   }
+  return wrong === undefined ? identity : { ...(refusals[wrong] as PeerRefusal), expired: identity }
+}
+
+function verificationError(socket: TLSSocket): string {
+  const { authorizationError } = socket as { authorizationError: unknown }
+  return String(
+    authorizationError instanceof Error ? (authorizationError as { code?: string }).code : authorizationError,
+  )
 }

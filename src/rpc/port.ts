@@ -13,7 +13,7 @@ import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
 import type { Log } from '../telemetry/log.ts'
 import { addressList, plainAddress } from './address.ts'
-import { type Peer, readPeer } from './peer.ts'
+import { type IsIssuedByUs, type Peer, readPeer } from './peer.ts'
 import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
 
 /** PEM. `ca` is what clients' certificates are verified against. */
@@ -43,6 +43,9 @@ export async function openPort(options: {
   /** Networks from which connections begin with a PROXY protocol header. */
   trustedProxies: readonly string[]
   onProxyHeader: (outcome: 'read' | ProxyHeaderFailure) => void
+  isIssuedByUs: IsIssuedByUs
+  /** A handshake is over, and the connection has been handed on. */
+  onConnection: (peer: Peer, socket: Socket) => void
   log: Log
 }): Promise<Port> {
   const { server, trustDomain, log } = options
@@ -99,7 +102,7 @@ export async function openPort(options: {
     const key = keyOf(socket)
     let peer: Peer
     try {
-      peer = readPeer(socket, trustDomain, clientAddresses.get(key))
+      peer = readPeer(socket, trustDomain, options.isIssuedByUs, clientAddresses.get(key))
     } catch (error) {
       log.warn({ err: error, address: key }, 'a client certificate could not be read')
       socket.destroy()
@@ -110,6 +113,7 @@ export async function openPort(options: {
     socket.on('error', error => log.debug({ err: error, address: key }, 'connection failed'))
     socket.setNoDelay(true)
     injector.injectConnection(socket)
+    options.onConnection(peer, socket)
   })
   tls.on('tlsClientError', (error, socket) => {
     log.debug({ err: error, address: keyOf(socket) }, 'TLS handshake failed')

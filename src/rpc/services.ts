@@ -50,7 +50,11 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
         },
       },
       enroll: { kind: 'serverStream', access: 'anyone', handle: handlers.enroll },
-      renewCertificate: { kind: 'unary', access: 'device', handle: handlers.renewCertificate },
+      renewCertificate: {
+        kind: 'unary',
+        access: 'operator or device, even expired',
+        handle: handlers.renewCertificate,
+      },
       getTrustBundle: {
         kind: 'unary',
         access: 'anyone',

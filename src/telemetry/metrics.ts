@@ -24,6 +24,8 @@ export type Metrics = {
   decision(decision: string, seconds: number): void
   /** An enrollment has ended: `enrolled`, or the reason of its refusal. */
   enrollment(outcome: string): void
+  /** A device has come back with an expired certificate: how, or the reason why it was refused. */
+  recovery(outcome: string): void
   /** Heartbeats were accepted. */
   heartbeat(count?: number): void
   /** A connection to a service has changed its status. */
@@ -80,6 +82,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
 
   const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
   const enrollments = tally(meter, 'edgemesh_device_enrollments_total', 'Enrollments by how they ended', ['outcome'])
+  const recoveries = tally(
+    meter,
+    'edgemesh_certificate_recoveries_total',
+    'Devices that came back with an expired certificate, by how that ended',
+    ['outcome'],
+  )
   const heartbeats = tally(meter, 'edgemesh_health_checks_total', 'Heartbeats accepted', [])
   const connections = tally(meter, 'edgemesh_connections_total', 'Connections by service and status reached', [
     'service',
@@ -101,6 +109,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   decisions(0, 'deny')
   heartbeats(0)
   auditRows(0)
+  for (const outcome of ['quarantined', 'approved', 'needs_approval']) recoveries(0, outcome)
 
   meter
     .createObservableGauge('edgemesh_build_info', { description: 'Always 1; the labels say who is being scraped' })
@@ -114,6 +123,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
       decisionSeconds.record(seconds)
     },
     enrollment: outcome => enrollments(1, outcome),
+    recovery: outcome => recoveries(1, outcome),
     heartbeat: (count = 1) => heartbeats(count),
     connection: (service, status) => connections(1, service, status),
     call: (method, code) => calls(1, method, code),

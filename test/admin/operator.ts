@@ -86,6 +86,7 @@ export function newCall(): Call {
       spiffeId: 'spiffe://test/operator/root',
       issuerKeyId: issuing.issuerKeyId,
       serial: '0'.repeat(32),
+      notBefore: start,
       notAfter: start + 86_400_000,
       role: 'admin',
       publicKeySha256: 'cd'.repeat(32),

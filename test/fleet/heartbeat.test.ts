@@ -32,7 +32,7 @@ async function serve(requests: Partial<HeartbeatRequest>[]) {
     limit: async () => {},
     intervalMs: 30_000,
     maxAgeMs: 300_000,
-    certValidityMs: 1,
+    isLateInLife: () => false,
     clock: () => now,
     random: () => 0.5,
     onHeartbeat: () => {},

@@ -77,7 +77,7 @@ for (const [what, credentials, reason, actor] of [
   [
     'with a certificate on record for a device that is not',
     special({ spiffeId: spiffe('gone'), recordedFor: 'gone' }),
-    'CERTIFICATE_UNKNOWN',
+    'DEVICE_DELETED',
     spiffe('gone'),
   ],
   [
