@@ -75,8 +75,8 @@ const jitterShare = 0.15
 type OpenStream = { stream: MessageStream<HeartbeatRequest, HeartbeatResponse>; caller: Identified; told: Told }
 
 /**
- * What a stream has been told, so that it is told once. `changes` counts the changes of its device: who has read how the
- * device stands before the last of them has nothing to say. `renewFor`: the issuer for whom it has been asked to renew.
+ * What a stream has been told, so that it is told once. `changes` counts those of its device. `renewFor`: the issuer for
+ * whom it has been asked to renew.
  */
 type Told = { revision: string; isQuarantined: boolean; changes: number; renewFor: string }
 
@@ -159,11 +159,8 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     return { posture, failing, announce }
   }
 
-  async function acknowledge(
-    sequence: number,
-    failing: string[],
-    { caller, told }: OpenStream,
-  ): Promise<HeartbeatResponse> {
+  async function acknowledge(sequence: number, failing: string[], open: OpenStream): Promise<HeartbeatResponse> {
+    const { caller, told } = open
     const directives: Directive[] = []
     const now = deps.clock()
     if (deps.isLateInLife(caller, now)) {
@@ -175,9 +172,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       told.revision = revision
       directives.push({ kind: { $case: 'policyChanged', value: { revision } } })
     }
-    const { changes } = told
-    const standing = await deps.deviceStatus(caller.id)
-    if (told.changes === changes) directives.push(...statusNews(told, standing, 'again'))
+    directives.push(...statusNews(told, await currentStatus(open), 'again'))
     const jittered = deps.intervalMs * (1 + jitterShare * (2 * deps.random() - 1))
     return {
       acknowledgedSequence: sequence,
@@ -195,6 +190,15 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     told.renewFor = issuer
     const delay = durationOf((deps.random() * streams.size * 1_000) / renewalsPerSecond)
     return [{ kind: { $case: 'renewCertificate', value: { delay } } }]
+  }
+
+  /** How the device stands, with no change of it overtaking the answer. */
+  async function currentStatus({ caller, told }: OpenStream): Promise<DeviceStatus | undefined> {
+    for (;;) {
+      const { changes } = told
+      const status = await deps.deviceStatus(caller.id)
+      if (told.changes === changes) return status
+    }
   }
 
   /** Directives that do not wait for the next report. They acknowledge nothing. */
@@ -228,11 +232,10 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     },
     tell(deviceId) {
       for (const open of byDevice.get(deviceId) ?? []) {
-        const changes = ++open.told.changes
-        deps.deviceStatus(deviceId).then(
-          standing => {
-            if (open.told.changes !== changes) return
-            const news = statusNews(open.told, standing, 'once')
+        open.told.changes++
+        currentStatus(open).then(
+          status => {
+            const news = statusNews(open.told, status, 'once')
             if (news.length > 0) push(open, news)
           },
           // The next acknowledgement says it.
@@ -253,11 +256,11 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
  *
  * @param quarantine whether one that goes on is told once, or again
  */
-function statusNews(told: Told, standing: DeviceStatus | undefined, quarantine: 'once' | 'again'): Directive[] {
-  const was = told.isQuarantined
-  told.isQuarantined = standing?.status === 'quarantined'
-  if (told.isQuarantined && standing && (!was || quarantine === 'again')) {
-    return [{ kind: { $case: 'quarantined', value: { reason: standing.reason } } }]
+function statusNews(told: Told, device: DeviceStatus | undefined, quarantine: 'once' | 'again'): Directive[] {
+  const wasQuarantined = told.isQuarantined
+  told.isQuarantined = device?.status === 'quarantined'
+  if (device?.status === 'quarantined' && (!wasQuarantined || quarantine === 'again')) {
+    return [{ kind: { $case: 'quarantined', value: { reason: device.reason } } }]
   }
-  return was && standing?.status === 'active' ? [{ kind: { $case: 'released', value: {} } }] : []
+  return wasQuarantined && device?.status === 'active' ? [{ kind: { $case: 'released', value: {} } }] : []
 }
