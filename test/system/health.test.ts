@@ -72,7 +72,7 @@ test('probes and scrapers are answered over HTTP', async t => {
   const ready = await get('/readyz')
   t.is(ready.status, 200)
   const { checks } = (await ready.json()) as { checks: Record<string, { ok: boolean }> }
-  t.deepEqual(Object.keys(checks).sort(), ['database', 'facts', 'lifecycle', 'policy'])
+  t.deepEqual(Object.keys(checks).sort(), ['authority', 'database', 'facts', 'lifecycle', 'policy'])
   t.true(Object.values(checks).every(({ ok }) => ok))
   const metrics = await get('/metrics')
   t.regex(metrics.headers.get('content-type') ?? '', /^text\/plain/)
@@ -80,12 +80,7 @@ test('probes and scrapers are answered over HTTP', async t => {
   t.is((await get('/')).status, 404)
 })
 
-for (const [method, request] of [
-  ['approveDevice', { id: 'alpha' }],
-  ['deleteDevice', { id: 'alpha' }],
-  ['rotateAuthority', { stage: 0 }],
-  ['tailAuditEvents', { actor: '', method: '', target: '' }],
-] as const) {
+for (const [method, request] of [['tailAuditEvents', { actor: '', method: '', target: '' }]] as const) {
   test(`${method} is not there yet, and only an operator is told so`, async t => {
     const mesh = shared()
     const ask = (client: EdgeMesh['admin']) =>
