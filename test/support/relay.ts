@@ -70,9 +70,10 @@ defaults
   timeout connect 5s
   timeout client 60s
   timeout server 60s
+  timeout check 10s
 listen edgemesh
   bind 127.0.0.1:${ownPort}
-  server one 127.0.0.1:${port} source ${from} ${send} check check-ssl verify none inter 50ms fall 1 rise 1
+  server one 127.0.0.1:${port} source ${from} ${send} check check-ssl verify none inter 50ms fall 5 rise 1
 `,
   )
   const child = spawn('haproxy', ['-W', '-db', '-f', config], { stdio: ['ignore', 'ignore', 'pipe'] })
