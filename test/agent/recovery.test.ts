@@ -79,7 +79,7 @@ test('a device that comes back to a server in trouble waits and asks again', asy
 for (const reason of ['RECOVERY_WINDOW_OVER', 'RECOVERY_SUPERSEDED', 'SOMETHING_NEW']) {
   test(`a device that is refused with ${reason} gives up after the first time, and keeps what it has`, async t => {
     const server = await served(t, () => refusal(reason))
-    const agent = await startAgent(t, { server: server.address }, alpha)
+    const agent = await startAgent(t, { server: server.address }, alpha, stopOnceReported)
     t.is(describeCallError(await t.throwsAsync(agent.done)).reason, reason)
     t.is(server.renewals.length, 1)
     t.deepEqual(await loadState(agent.stateDirectory), alpha)
@@ -88,7 +88,7 @@ for (const reason of ['RECOVERY_WINDOW_OVER', 'RECOVERY_SUPERSEDED', 'SOMETHING_
 
 test('a server that takes no expired certificate at all is not asked twice', async t => {
   const server = await served(t, () => unauthenticated('CERTIFICATE_EXPIRED'))
-  const agent = await startAgent(t, { server: server.address }, alpha)
+  const agent = await startAgent(t, { server: server.address }, alpha, stopOnceReported)
   t.is(describeCallError(await t.throwsAsync(agent.done)).reason, 'CERTIFICATE_EXPIRED')
   t.is(server.renewals.length, 1)
 })
@@ -141,7 +141,7 @@ for (const reason of ends) {
     const kept = await loadState(agent.stateDirectory)
     t.is(kept?.tokenId, token.split('.')[1])
     const again = await forgetful(t, reason)
-    const restarted = await startAgent(t, { server: again.address, token }, kept)
+    const restarted = await startAgent(t, { server: again.address, token }, kept, stopOnceReported)
     t.is(describeCallError(await t.throwsAsync(restarted.done)).reason, reason)
     t.is(again.enrollments.length, 0)
   })
@@ -153,7 +153,7 @@ for (const reason of ends) {
       [tokenOf(), { ...alpha, tokenId: '' }],
     ] as const) {
       const server = await forgetful(t, reason)
-      const agent = await startAgent(t, { server: server.address, token }, kept)
+      const agent = await startAgent(t, { server: server.address, token }, kept, stopOnceReported)
       t.is(describeCallError(await t.throwsAsync(agent.done)).reason, reason)
       t.is(server.enrollments.length, 0)
       t.deepEqual(await loadState(agent.stateDirectory), kept)
@@ -163,7 +163,7 @@ for (const reason of ends) {
 
 test('a device that was revoked does not come back, whatever token it has', async t => {
   const server = await forgetful(t, 'DEVICE_REVOKED')
-  const agent = await startAgent(t, { server: server.address, token: tokenOf() }, alpha)
+  const agent = await startAgent(t, { server: server.address, token: tokenOf() }, alpha, stopOnceReported)
   t.is(describeCallError(await t.throwsAsync(agent.done)).reason, 'DEVICE_REVOKED')
   t.is(server.enrollments.length, 0)
 })
@@ -200,7 +200,7 @@ test('a new token is not shown to a server that it was not made by', async t => 
 
 test('a token that is damaged is told where it would be needed, and does not matter where it would not', async t => {
   const server = await forgetful(t, 'DEVICE_DELETED')
-  const agent = await startAgent(t, { server: server.address, token: 'em1.damaged' }, alpha)
+  const agent = await startAgent(t, { server: server.address, token: 'em1.damaged' }, alpha, stopOnceReported)
   t.is(describeCallError(await t.throwsAsync(agent.done)).reason, 'TOKEN_MALFORMED')
   const fine = await fleetServer(t, authority)
   const other = await startAgent(t, { server: fine.address, token: 'em1.damaged' }, alpha, stopOnceReported)
