@@ -6,6 +6,7 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import type { Directive, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
+import { specialLeaves } from '../support/authority.ts'
 import { authorizations, endOf, heartbeats } from '../support/device.ts'
 import {
   type Credentials,
@@ -105,6 +106,21 @@ for (const [what, method, request, reason] of [
     t.true((await kept.access.ask('ada', 'payroll')).allowed, 'nobody else has noticed')
   })
 }
+
+test('the connections of a certificate that expires are taken back, which is not the same as closed', async t => {
+  await here().enroll({ device: { id: 'brief' } })
+  const issue = await specialLeaves(here())
+  const leaf = await issue({
+    spiffeId: 'spiffe://edgemesh.local/device/brief',
+    validForMs: 5_000,
+    recordedFor: 'brief',
+  })
+  const { access, connectionId } = await connected(t, there(), leaf)
+  t.is((await endOf(access))?.reason, 'CERTIFICATE_EXPIRED')
+  const { status, end_reasons: reasons } = await endedConnection(connectionId)
+  t.is(status, 'revoked')
+  t.like(reasons[0], { code: 'CERTIFICATE_EXPIRED', field: 'device.certificate' })
+})
 
 const directivesOf = (responses: HeartbeatResponse[]): Directive['kind'][] =>
   responses.flatMap(({ directives }) => directives.map(({ kind }) => kind))
