@@ -119,7 +119,9 @@ function derOf(csr: Uint8Array): Uint8Array {
   const text = Buffer.from(csr).toString('latin1')
   // RFC 7468 section 7: generators write the first label, parsers may accept the older second.
   const requests = [...decodePem('CERTIFICATE REQUEST', text), ...decodePem('NEW CERTIFICATE REQUEST', text)]
-  if (requests.length !== 1) {
+  // One that is damaged is one too many: other readers may take that for the one that is meant.
+  const begun = text.match(/-----BEGIN (NEW )?CERTIFICATE REQUEST-----/g)?.length
+  if (requests.length !== 1 || begun !== 1) {
     throw refusal('CSR_MALFORMED', `${requests.length} requests found, want one PKCS#10 request in DER or PEM`)
   }
   return requests[0]!
@@ -135,12 +137,40 @@ function readRequest(der: Uint8Array): {
 } {
   const request = decodeRequest(der)
   const [info, signatureAlgorithm, signature] = parts(request, tags.sequence, tags.sequence, tags.bitString)
-  const [version, , spki, attributes] = parts(info, tags.integer, tags.sequence, tags.sequence, 0xa0)
+  const [version, subject, spki, attributes] = parts(info, tags.integer, tags.sequence, tags.sequence, 0xa0)
   if (version.contents.length !== 1 || version.contents[0] !== 0) {
     throw refusal('CSR_MALFORMED', 'the version is not 0, the only one that PKCS#10 has')
   }
-  for (const attribute of attributes.children) parts(attribute, tags.oid, tags.set)
+  assertName(subject)
+  for (const attribute of attributes.children) {
+    const [, values] = parts(attribute, tags.oid, tags.set)
+    if (values.children.length === 0) throw refusal('CSR_MALFORMED', 'one of its attributes has no value')
+  }
   return { info, spki, attributes, signatureAlgorithm, signature: bytesOf(signature) }
+}
+
+/** What the attributes of a name are written in (RFC 5280 section 4.1.2.4; BIT STRING is for x500UniqueIdentifier). */
+const nameValueTags: ReadonlySet<number> = new Set([
+  tags.utf8String,
+  tags.printableString,
+  tags.ia5String,
+  tags.teletexString,
+  tags.bmpString,
+  tags.bitString,
+])
+
+/** A name is a sequence of sets of attributes. It may be empty, and the sets may not. */
+function assertName(name: DerNode): void {
+  const sets = name.children
+  const wellFormed = sets.every(({ tag, children }) => tag === tags.set && children.length > 0)
+  if (!wellFormed) throw refusal('CSR_MALFORMED', 'its subject is not a name as in RFC 5280 section 4.1.2.4')
+  for (const attribute of sets.flatMap(({ children }) => children)) {
+    const [type, value] = attribute.children
+    const fits = attribute.tag === tags.sequence && attribute.children.length === 2 && type?.tag === tags.oid
+    if (!fits || !nameValueTags.has(value!.tag)) {
+      throw refusal('CSR_MALFORMED', 'its subject has an attribute that is not a type and a text')
+    }
+  }
 }
 
 const challengePassword = oid('1.2.840.113549.1.9.7')

@@ -5,6 +5,8 @@
  * the one right encoding; the functions named for the ASN.1 types write. Certificates are issued on a hot path, where
  * a general ASN.1 library costs ten times the signature; these few functions cost a tenth of it.
  */
+import { isUtf8 } from 'node:buffer'
+
 export type DerNode = {
   tag: number
   /** The whole encoding: tag, length, contents. A view of the input, not a copy. */
@@ -29,8 +31,12 @@ export const tags = {
   enumerated: 0x0a,
   utf8String: 0x0c,
   printableString: 0x13,
+  teletexString: 0x14,
+  ia5String: 0x16,
   utcTime: 0x17,
   generalizedTime: 0x18,
+  universalString: 0x1c,
+  bmpString: 0x1e,
   sequence: 0x30,
   set: 0x31,
 } as const
@@ -119,6 +125,16 @@ function assertCanonical({ tag, contents, children }: DerNode): void {
     case tags.oid:
       assertCanonicalOid(contents)
       return
+    case tags.utf8String:
+      if (!isUtf8(contents)) throw new DerError('a UTF8String that is not UTF-8')
+      return
+    case tags.bmpString:
+      // X.690 section 8.23.9: two octets a character, and none that UTF-16 would take for half of one.
+      if (contents.length % 2 !== 0 || hasSurrogates(contents)) throw new DerError('a BMPString with half a character')
+      return
+    case tags.universalString:
+      if (contents.length % 4 !== 0) throw new DerError('a UniversalString with a part of a character')
+      return
     case tags.set:
       for (let i = 1; i < children.length; i++) {
         if (Buffer.compare(children[i - 1]!.der, children[i]!.der) > 0) throw new DerError('a SET out of order')
@@ -133,6 +149,13 @@ function assertCanonical({ tag, contents, children }: DerNode): void {
         throw new DerError(`an unexpected tag ${tag}`)
       }
   }
+}
+
+function hasSurrogates(twoOctetsEach: Buffer): boolean {
+  for (let at = 0; at < twoOctetsEach.length; at += 2) {
+    if ((twoOctetsEach[at]! & 0xf8) === 0xd8) return true
+  }
+  return false
 }
 
 function assertCanonicalOid(contents: Buffer): void {

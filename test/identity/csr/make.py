@@ -208,6 +208,16 @@ nested = tlv(0x30)
 for _ in range(30):
     nested = tlv(0x30, nested)
 write('nested-too-deeply.pem', by_hand(attributes=tlv(0x30, tlv(0x06, b'\x2a\x03'), tlv(0x31, nested))))
+COMMON_NAME = bytes.fromhex('0603550403')
+for name, subject in {
+    'that-is-no-name': tlv(0x30, tlv(0x02, b'\1')),
+    'with-an-empty-set': tlv(0x30, tlv(0x31)),
+    'with-a-number-for-a-name': tlv(0x30, tlv(0x31, tlv(0x30, COMMON_NAME, tlv(0x02, b'\1')))),
+    'that-is-not-utf8': tlv(0x30, tlv(0x31, tlv(0x30, COMMON_NAME, tlv(0x0c, b'\xff')))),
+    'with-half-a-character': tlv(0x30, tlv(0x31, tlv(0x30, COMMON_NAME, tlv(0x1e, b'\xd8\x00')))),
+}.items():
+    write(f'subject-{name}.pem', by_hand(subject=subject))
+write('attribute-without-a-value.pem', by_hand(attributes=tlv(0x30, tlv(0x06, b'\x2a\x03'), tlv(0x31))))
 write('attribute-that-is-none.pem', by_hand(attributes=tlv(0x02, b'\0')))
 write('a-certificate.pem', openssl(
     'req', '-x509', '-key', key_file, '-subj', '/CN=x', '-outform', 'DER'), label='CERTIFICATE')
@@ -219,4 +229,7 @@ write_text('not-pem.pem', 'a request, please\n')
 valid = read_text('valid-p256.pem')
 write_text('two-requests.pem', valid + valid)
 write_text('no-end-line.pem', valid.replace('-----END CERTIFICATE REQUEST-----\n', ''))
+write_text('base64-with-empty-lines.pem', valid.replace('\n', '\n\n'))
+write_text('begins-within-a-line.pem', 'here: ' + valid)
+write_text('one-damaged-one-good.pem', valid.replace('\nM', '\nM ', 1) + valid)
 write_text('base64-with-blanks.pem', valid.replace('\nM', '\nM ', 1))
