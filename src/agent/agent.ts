@@ -479,7 +479,8 @@ async function adopt(agent: Agent, bundle: TrustBundle): Promise<void> {
   try {
     const trust = trustOf(bundle)
     const { rootsPem, trustBundleId } = agent.credentials
-    if (trust.rootsPem === rootsPem && trust.trustBundleId === trustBundleId) return
+    const known = trust.trustBundleId === '' ? trust.rootsPem === rootsPem : trust.trustBundleId === trustBundleId
+    if (known) return
     const credentials = { ...agent.credentials, ...trust }
     await saveTrust(stateDirectory, credentials)
     agent.credentials = credentials

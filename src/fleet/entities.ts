@@ -40,6 +40,8 @@ export const DevicePosture = defineEntity({
     receivedAt: p.datetime(),
     /** `TrustBundle.id` as the device reported it; empty: never. */
     trustBundleId: p.text().default(''),
+    /** Key identifier of the issuer of the certificate with which it reported. */
+    issuerKeyId: p.text().default(''),
     /** How far the device's clock was ahead of ours; null: never told. */
     clockOffsetMs: p.bigint('number').nullable(),
   },

@@ -76,9 +76,9 @@ type OpenStream = { stream: MessageStream<HeartbeatRequest, HeartbeatResponse>; 
 
 /**
  * What a stream has been told, so that it is told once. `changes` counts those of its device. `renewFor`: the issuer for
- * whom it has been asked to renew.
+ * whom it has been asked to renew. `bundleId`: the newest trust bundle that it was sent.
  */
-type Told = { revision: string; isQuarantined: boolean; changes: number; renewFor: string }
+type Told = { revision: string; isQuarantined: boolean; changes: number; renewFor: string; bundleId: string }
 
 /** What one stream has said so far. */
 type Said = {
@@ -97,7 +97,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     const { caller } = call
     if (caller.kind !== 'device') throw new Error('the method is for devices only')
     const said: Said = { sequence: 0, posture: undefined, ground: '', receivedAtMs: 0, trustBundleId: '' }
-    const told: Told = { revision: deps.policyRevision(), isQuarantined: false, changes: 0, renewFor: '' }
+    const told: Told = { revision: deps.policyRevision(), isQuarantined: false, changes: 0, renewFor: '', bundleId: '' }
     const open = { stream, caller, told }
     call.audit.target = `device/${caller.id}`
     streams.add(open)
@@ -119,10 +119,11 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
           receivedAtMs,
           clockOffsetMs: call.clockOffsetMs,
           trustBundleId: said.trustBundleId,
+          issuerKeyId: caller.issuerKeyId,
           announce,
         })
         deps.onHeartbeat()
-        stream.send(await acknowledge(request.sequence, failing, open))
+        stream.send(await acknowledge(request, failing, open))
       })
     } finally {
       streams.delete(open)
@@ -159,14 +160,18 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     return { posture, failing, announce }
   }
 
-  async function acknowledge(sequence: number, failing: string[], open: OpenStream): Promise<HeartbeatResponse> {
+  async function acknowledge(
+    { sequence, trustBundleId }: HeartbeatRequest,
+    failing: string[],
+    open: OpenStream,
+  ): Promise<HeartbeatResponse> {
     const { caller, told } = open
     const directives: Directive[] = []
     const now = deps.clock()
     if (deps.isLateInLife(caller, now)) {
       directives.push({ kind: { $case: 'renewCertificate', value: { delay: undefined } } })
     }
-    directives.push(...renewalForIssuer(caller, told))
+    directives.push(...bundleUnknown(trustBundleId, told), ...renewalForIssuer(caller, told))
     const revision = deps.policyRevision()
     if (revision !== told.revision) {
       told.revision = revision
@@ -181,6 +186,15 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       serverTime: new Date(now),
       failingPosture: failing,
     }
+  }
+
+  /** The bundle, for a device that goes by another: it was away when that was pushed. */
+  function bundleUnknown(reportedId: string, told: Told): Directive[] {
+    if (reportedId === '') return []
+    const trustBundle = deps.trustBundle()
+    if (reportedId === trustBundle.id || told.bundleId === trustBundle.id) return []
+    told.bundleId = trustBundle.id
+    return [{ kind: { $case: 'trustBundle', value: { trustBundle } } }]
   }
 
   /** What a device is asked whose certificate was issued by an authority that is being replaced. */
@@ -226,8 +240,12 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       for (const open of [...streams]) {
         if (++told % toldAtOnceMax === 0) await new Promise(resolve => setImmediate(resolve))
         if (!streams.has(open)) continue
-        const directives: Directive[] = [{ kind: { $case: 'trustBundle', value: { trustBundle } } }]
-        push(open, [...directives, ...renewalForIssuer(open.caller, open.told)])
+        const directives = renewalForIssuer(open.caller, open.told)
+        if (open.told.bundleId !== trustBundle.id) {
+          open.told.bundleId = trustBundle.id
+          directives.unshift({ kind: { $case: 'trustBundle', value: { trustBundle } } })
+        }
+        if (directives.length > 0) push(open, directives)
       }
     },
     tell(deviceId) {

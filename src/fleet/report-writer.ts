@@ -23,6 +23,8 @@ export type Report = {
   clockOffsetMs: number | undefined
   /** What the device goes by; empty: it has not said. */
   trustBundleId: string
+  /** Of the certificate over which it came. */
+  issuerKeyId: string
   /** What policy can see has changed: every instance has to hear of it. */
   announce: boolean
 }
@@ -53,25 +55,27 @@ type Waiting = { report: Report; resolve: () => void; reject: (error: unknown) =
 const writeReports = `
   with posture as (
     insert into device_postures as kept
-      (device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id)
+      (device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id, issuer_key_id)
     select t.device_id, t.posture::jsonb, t.failing::jsonb, t.measured_at, t.received_at,
-      t.clock_offset_ms, t.trust_bundle_id
-    from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[], $6::bigint[], $7::text[])
-      as t(device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id)
+      t.clock_offset_ms, t.trust_bundle_id, t.issuer_key_id
+    from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[], $6::bigint[], $7::text[],
+        $8::text[])
+      as t(device_id, posture, failing, measured_at, received_at, clock_offset_ms, trust_bundle_id, issuer_key_id)
     join devices on devices.id = t.device_id
     on conflict (device_id) do update set
       posture = excluded.posture, failing = excluded.failing,
       measured_at = excluded.measured_at, received_at = excluded.received_at,
       clock_offset_ms = coalesce(excluded.clock_offset_ms, kept.clock_offset_ms),
-      trust_bundle_id = coalesce(nullif(excluded.trust_bundle_id, ''), kept.trust_bundle_id)
+      trust_bundle_id = coalesce(nullif(excluded.trust_bundle_id, ''), kept.trust_bundle_id),
+      issuer_key_id = excluded.issuer_key_id
     where kept.received_at <= excluded.received_at
   ), history as (
     insert into health_reports (device_id, sequence, posture, measured_at, received_at)
     select t.device_id, t.sequence, t.posture::jsonb, t.measured_at, t.received_at
-    from unnest($8::text[], $9::bigint[], $10::text[], $11::timestamptz[], $12::timestamptz[])
+    from unnest($9::text[], $10::bigint[], $11::text[], $12::timestamptz[], $13::timestamptz[])
       as t(device_id, sequence, posture, measured_at, received_at)
   )
-  select pg_notify('${changeChannel}', payload) from unnest($13::text[]) as payload`
+  select pg_notify('${changeChannel}', payload) from unnest($14::text[]) as payload`
 
 export function startReportWriter(options: {
   pool: pg.Pool
@@ -134,6 +138,7 @@ export function startReportWriter(options: {
       latest.map(report => new Date(report.receivedAtMs)),
       latest.map(report => report.clockOffsetMs),
       latest.map(report => report.trustBundleId),
+      latest.map(report => report.issuerKeyId),
       reports.map(report => report.deviceId),
       reports.map(report => report.sequence),
       reports.map(report => JSON.stringify(report.posture)),

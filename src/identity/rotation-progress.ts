@@ -1,6 +1,7 @@
 /**
- * How far a fleet is with a rotation: who has reported that it trusts the next root, who holds a certificate of the next
- * authority. Counted is who would be left behind: devices that are not revoked, and operators, with a certificate that has
+ * How far a fleet is with a rotation: who has reported that it trusts the next root, who uses a certificate of the next
+ * authority. That one was issued is not enough: the answer may have been lost, and who has it may still be about to change
+ * over. So what counts for a device that reports is the certificate that it reports with. Counted is who would be left behind: devices that are not revoked, and operators, with a certificate that has
  * neither expired nor been revoked.
  */
 import type { EntityManager } from '../db/orm.ts'
@@ -30,7 +31,7 @@ export type HolderProgress = {
  */
 const holders = `
   select c.subject_kind as kind, c.subject_id as id,
-    bool_or(coalesce(c.issuer_key_id, '') = ?) as certified,
+    bool_or(c.issuer_key_id = ?) and coalesce(max(p.issuer_key_id) in (?, ''), true) as certified,
     coalesce(bool_or(p.trust_bundle_id = ?), false) as trusting,
     (extract(epoch from max(p.received_at)) * 1000)::float8 as "lastSeenAtMs",
     (extract(epoch from max(c.not_after)) * 1000)::float8 as "notAfterMs"
@@ -49,7 +50,7 @@ export async function rotationProgress(em: EntityManager, set: AuthoritySet): Pr
        (count(*) filter (where kind = 'operator'))::int as operators,
        (count(*) filter (where kind = 'operator' and certified))::int as "operatorsCertified"
      from (${holders}) holder`,
-    [nextOf(set).issuerKeyId, set.bundleId],
+    holderParameters(set),
   )
   return row!
 }
@@ -64,8 +65,13 @@ export function holderProgress(
   return em.execute<HolderProgress[]>(
     `select * from (${holders}) holder
      where (kind, id) > (?, ?) and not (certified and ?) order by kind, id limit ?`,
-    [nextOf(set).issuerKeyId, set.bundleId, ...after, behindOnly, limit],
+    [...holderParameters(set), ...after, behindOnly, limit],
   )
+}
+
+function holderParameters(set: AuthoritySet): string[] {
+  const { issuerKeyId } = nextOf(set)
+  return [issuerKeyId, issuerKeyId, set.bundleId]
 }
 
 /** The authority that a rotation goes to; without one, the one that issues. */

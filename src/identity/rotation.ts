@@ -166,7 +166,9 @@ function demandReady(from: RotationStage, to: RotationStage, progress: RotationP
     )
   }
   if (from === 'issuing' && to === 'retiring' && devicesCertified < devices) {
-    throw notReady(`${devices - devicesCertified} of ${devices} devices hold no certificate of the new authority yet`)
+    throw notReady(
+      `${devices - devicesCertified} of ${devices} devices do not report with a certificate of the new authority yet`,
+    )
   }
   if (from === 'issuing' && to === 'retiring' && operatorsCertified < operators) {
     const who = `${operators - operatorsCertified} of ${operators} operators`

@@ -42,6 +42,7 @@ export class IdentityLife extends Migration {
     this.addSql(`
       alter table device_postures
         add column trust_bundle_id text not null default '',
+        add column issuer_key_id text not null default '',
         add column clock_offset_ms bigint`)
 
     // Counters of rate limits that hold across instances. They may be lost with a crash, so they are not logged.
@@ -55,7 +56,11 @@ export class IdentityLife extends Migration {
 
   override async down(): Promise<void> {
     this.addSql('drop table rate_limits')
-    this.addSql('alter table device_postures drop column trust_bundle_id, drop column clock_offset_ms')
+    this.addSql(`
+      alter table device_postures
+        drop column trust_bundle_id,
+        drop column issuer_key_id,
+        drop column clock_offset_ms`)
     this.addSql('drop index authorities_issuing')
     this.addSql('delete from authorities where id <> 1')
     this.addSql(`

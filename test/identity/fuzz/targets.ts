@@ -202,7 +202,7 @@ const authority = openAuthority({
   passphrase,
 })
 const certificates = [
-  ...[...authority.roots, ...authority.intermediates].flatMap(pem => decodePem('CERTIFICATE', pem)),
+  ...[authority.rootPem, ...authority.intermediates].flatMap(pem => decodePem('CERTIFICATE', pem)),
   ...(['client', 'server'] as const).map(
     purpose =>
       authority.issueLeaf({

@@ -755,7 +755,7 @@ export interface RotationProgress {
   devices: number;
   /** Have reported that they trust the new root. */
   devicesTrusting: number;
-  /** Hold a certificate of the new authority. */
+  /** Report with a certificate of the new authority; or hold one, where they have never reported. */
   devicesCertified: number;
   operators: number;
   operatorsCertified: number;
@@ -790,7 +790,7 @@ export interface HolderProgress {
   spiffeId: string;
   /** Has reported that it trusts the new root. Operators report nothing. */
   trusting: boolean;
-  /** Holds a certificate of the new authority. */
+  /** Reports with a certificate of the new authority, or holds one, where it has never reported. */
   certified: boolean;
   lastSeenAt:
     | Date
