@@ -112,7 +112,7 @@ test('the connections of a certificate that expires are taken back, which is not
   const issue = await specialLeaves(here())
   const leaf = await issue({
     spiffeId: 'spiffe://edgemesh.local/device/brief',
-    validForMs: 5_000,
+    validForMs: 8_000,
     recordedFor: 'brief',
   })
   const { access, connectionId } = await connected(t, there(), leaf)
