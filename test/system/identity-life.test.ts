@@ -161,14 +161,11 @@ function enroll(t: ExecutionContext, where: Where, at: number): Step {
     `enroll at ${where} with ${at === 0 ? 'a new key' : `key ${at}`}`,
     () => true,
     async (model, real) => {
-      const keys = [...new Set(model.certificates.map(({ key }) => key))]
-      const key = at === 0 || keys.length === 0 ? newKey() : pick(keys, at)
-      const held = model.certificates.some(certificate => certificate.key === key && certificate.fate === 'stands')
-      // Whoever is on record with its key may always ask for more: that is another test's story.
-      if (model.status !== 'none' && held) return
-      const known = model.certificates.some(certificate => certificate.key === key)
-      const expected =
-        model.status === 'none' ? ok : model.status === 'revoked' && known ? 'DEVICE_REVOKED' : 'DEVICE_EXISTS'
+      const { status, certificates } = model
+      // Those that the device had in lives before: good for another life, and for nothing else.
+      const old = certificates.map(({ key }) => key).filter(key => isOfThePast(key, certificates))
+      const key = at === 0 || old.length === 0 || status === 'revoked' ? newKey() : pick(old, at)
+      const expected = status === 'none' ? ok : 'DEVICE_EXISTS'
       const seen = await told(async () => {
         const credentials = await real.at[where].enroll({ keyPem: key, device: { id: real.id } })
         model.status = 'active'
@@ -179,6 +176,9 @@ function enroll(t: ExecutionContext, where: Where, at: number): Step {
     },
   )
 }
+
+const isOfThePast = (key: string, certificates: Certificate[]) =>
+  certificates.every(certificate => certificate.key !== key || certificate.fate === 'deleted')
 
 /** Shows a certificate and has another one made. The connection is new: one of an expired certificate does not last. */
 async function renewed(model: Model, real: Real, where: Where, { credentials }: Certificate, key: string) {
