@@ -322,7 +322,8 @@ async function reportOn(agent: Agent, session: Session): Promise<void> {
   const measured = await posture()
   const answer = await session.report(measured, signal)
   if (!answer) return
-  if (hasSettled(session)) agent.failures = 0
+  // Once: reports on a session that is about to be replaced say nothing of those that can't be opened.
+  if (session.reports === reportsSettled) agent.failures = 0
   const nextInMs = intervalOf(answer)
   agent.reportAtMs = timer.uptime() + nextInMs
   // The server repeats itself with each acknowledgement.

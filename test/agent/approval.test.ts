@@ -118,7 +118,9 @@ for (const [code, reason] of final) {
         return new Fault(code, reason, 'no')
       },
     })
-    const agent = await startAgent(t, { server: server.address, token }, undefined)
+    const agent = await startAgent(t, { server: server.address, token }, undefined, ({ event }, { stop }) => {
+      if (event === 'disconnected') stop()
+    })
     t.is(describeCallError(await t.throwsAsync(agent.done)).reason, reason)
     t.is(server.enrollments.length, 1)
   })

@@ -42,9 +42,9 @@ function makeKey(name: string): void {
 /** A certificate for a key, by the key of another or by its own. */
 function certify(
   certificate: string,
-  { key, subject, by, as }: { key: string; subject: string; by?: string; as: string },
+  { key, subject, by, as, ids = keyIds }: { key: string; subject: string; by?: string; as: string; ids?: string },
 ) {
-  writeFileSync(join(folder, `${certificate}.ext`), as + keyIds)
+  writeFileSync(join(folder, `${certificate}.ext`), as + ids)
   openssl('req', '-new', '-key', `${key}.key`, '-subj', `/CN=${subject}`, '-out', `${certificate}.csr`)
   const issuer = by ? ['-CA', `${by}.crt`, '-CAkey', `${by}.key`] : ['-signkey', `${key}.key`]
   const paths = ['-in', `${certificate}.csr`, '-extfile', `${certificate}.ext`, '-out', `${certificate}.crt`]
@@ -57,9 +57,12 @@ certify('new', { key: 'new', subject: 'new root', as: ca })
 certify('cross', { key: 'new', subject: 'new root', by: 'old', as: ca })
 certify('issuing', { key: 'issuing', subject: 'issuing', by: 'new', as: ca })
 certify('server', { key: 'server', subject: 'server', by: 'issuing', as: serverLeaf })
-// The same name and the same key identifier, and yet another key.
+// Another key, under the same name and the same key identifier.
 makeKey('forged')
-certify('forged', { key: 'forged', subject: 'new root', as: ca })
+const [keyId] =
+  /(?:[0-9A-F]{2}:){19}[0-9A-F]{2}/.exec(openssl('x509', '-in', 'new.crt', '-noout', '-ext', 'subjectKeyIdentifier')) ??
+  []
+certify('forged', { key: 'forged', subject: 'new root', as: ca, ids: `subjectKeyIdentifier=${keyId}\n` })
 
 const chains: { chain: string; roots: string; leads: boolean; why: string }[] = [
   { chain: 'server issuing', roots: 'new', leads: true, why: 'as ever' },

@@ -158,6 +158,22 @@ test('what a server says of a certificate that has been renewed since ends nothi
   t.not(server.streams[2]?.shown.serialNumber, server.streams[0]?.shown.serialNumber)
 })
 
+test('a device that has renewed is not made to renew again by the server that still sees the old certificate', async t => {
+  const server = await fleetServer(t, authority, {
+    intervalMs: 1_000,
+    answer: ({ stream }) => {
+      if (stream === 0) return askToRenew(0)
+      return stream < 7 ? { refuse: unavailable() } : nothing
+    },
+  })
+  const agent = await startAgent(t, { server: server.address }, alpha, ({ event }, { stop }) => {
+    if (event === 'reported' && server.streams.length === 8) stop()
+  })
+  await agent.done
+  t.true((server.streams[0]?.acknowledged ?? 0) > 10)
+  t.is(server.renewals.length, 1)
+})
+
 test('a certificate that names somebody else is not taken', async t => {
   const server = await fleetServer(t, authority, { answer: () => askToRenew(0) })
   const beta = { ...deviceCredentials(authority, 'beta'), spiffeId: alpha.spiffeId, deviceId: alpha.deviceId }
@@ -166,7 +182,7 @@ test('a certificate that names somebody else is not taken', async t => {
     { server: server.address },
     { ...beta, renewAfter: never },
     ({ event }, { stop }) => {
-      if (event === 'renewal-failed') stop()
+      if (event === 'renewal-failed' || event === 'renewed') stop()
     },
   )
   await agent.done
@@ -182,7 +198,7 @@ test('how long a server wants to be left alone is added to the wait for the next
     renewal: () => new Fault('RESOURCE_EXHAUSTED', 'RATE_LIMITED', 'slower', { retryAfterMs }),
   })
   const agent = await startAgent(t, { server: server.address }, alpha, ({ event }, { stop }) => {
-    if (event === 'renewal-failed') stop()
+    if (event === 'renewal-failed' || event === 'renewed') stop()
   })
   await agent.done
   const failed = agent.events.find(event => event.event === 'renewal-failed')
