@@ -148,10 +148,11 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     opened.span.end()
   }
 
-  /** Step 5 for a call that went well. */
+  /** Step 5 for a call that goes well, once. */
   async function auditSuccess(call: Call): Promise<void> {
-    if (!call.audit.written) await journal.append([callEntry(call, { code: 'OK' })])
-    options.onCall(call.method, 'OK')
+    if (call.audit.written) return
+    await journal.append([callEntry(call, { code: 'OK' })])
+    call.audit.written = true
   }
 
   /** Steps 5 and 6 for one that did not: even a refusal is not answered before it is on record. */
@@ -159,7 +160,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     let fault = namingClock(faultOf(error, log), call.clockOffsetMs)
     try {
       // What could not be written a moment ago needn't hold up the refusal a second time.
-      const entry = callEntry(call, { code: fault.code, reason: fault.reason })
+      const entry = callEntry(atItsEnd(call), { code: fault.code, reason: fault.reason })
       if (fault.code === 'UNAVAILABLE') journal.appendLater([entry])
       else await journal.append([entry])
     } catch (auditError) {
@@ -170,6 +171,11 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     return fault
   }
 
+  /** How the audit dates the end of a call: as its begin, unless that has an event already. */
+  function atItsEnd(call: Call): Call {
+    return call.audit.written ? { ...call, startedAt: clock() } : call
+  }
+
   function unary(method: string, { access, handle }: Extract<MethodHandler, { kind: 'unary' }>) {
     const serve: handleUnaryCall<unknown, unknown> = async (grpcCall, callback) => {
       const { peer, call, opened } = begin(grpcCall, method)
@@ -177,6 +183,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         await admit(peer, call, access)
         const response = await handle(wellFormed(grpcCall.request), call)
         await auditSuccess(call)
+        options.onCall(method, 'OK')
         callback(null, response, serverTime())
       } catch (error) {
         const failure = await auditFailure(opened, error)
@@ -198,13 +205,18 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         for await (const response of handle(wellFormed(grpcCall.request), call)) {
           if (call.signal.aborted) throw call.signal.reason
           await auditSuccess(call)
-          call.audit.written = true
           grpcCall.write(response)
         }
+        options.onCall(method, 'OK')
         grpcCall.end(serverTime())
       } catch (error) {
-        const failure = await auditFailure(opened, error)
-        grpcCall.emit('error', statusOf(failure, serverTime()))
+        if (grpcCall.cancelled && call.audit.written) {
+          journal.appendLater([callEntry(atItsEnd(call), { code: 'CANCELLED', reason: 'STREAM_LOST' })])
+          options.onCall(method, 'CANCELLED')
+        } else {
+          const failure = await auditFailure(opened, error)
+          grpcCall.emit('error', statusOf(failure, serverTime()))
+        }
       } finally {
         close(opened)
       }
