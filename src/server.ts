@@ -31,12 +31,14 @@ import { startCensus } from './fleet/census.ts'
 import { fleetEntities } from './fleet/entities.ts'
 import { createHeartbeats } from './fleet/heartbeat.ts'
 import { startReportWriter } from './fleet/report-writer.ts'
+import { createApprovals } from './identity/approvals.ts'
 import { type AuthorityOptions, type AuthoritySet, keepAuthorities, openAuthorities } from './identity/authorities.ts'
 import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
 import { createIssuance, isLateInLife } from './identity/issuance.ts'
 import { issueOperator } from './identity/operator.ts'
+import { createRedemptions } from './identity/redemption.ts'
 import { createRenew } from './identity/renew.ts'
 import { createRotation } from './identity/rotation.ts'
 import { keepServerCertificate } from './identity/server-certificate.ts'
@@ -281,9 +283,12 @@ async function compose(
   const { enrollments } = settings.rateLimits
   const limitEnrollments = sharedRateLimit(db.pool, 'RATE_LIMIT_ENROLLMENTS', 'address', enrollments)
   stops.push(sweepRateLimits(db.pool, log))
+  const approvals = createApprovals({ pool: db.pool, feed, log })
   const enrollDeps: EnrollDeps = {
     db,
     issuance,
+    redemptions: createRedemptions({ pool: db.pool, issuance, trustDomain, certValidityMs, clock }),
+    approvals,
     trustBundle,
     challenges,
     trustDomain,
@@ -291,6 +296,7 @@ async function compose(
     certValidityMs,
     clock,
     limit: address => limitEnrollments(networkOf(address)),
+    limitToken: sharedRateLimit(db.pool, 'RATE_LIMIT_ENROLLMENTS', 'token', enrollments),
     onEnrollment: metrics.enrollment,
   }
   const health = addServices(
@@ -398,9 +404,11 @@ async function compose(
         stopping = true
         health.setServing(false)
         heartbeats.askToReconnect(settings.drainMs)
-        dispatch.finishAll(
-          new Fault('UNAVAILABLE', 'DRAINING', 'this instance is stopping; connect again', { retryAfterMs: 1_000 }),
-        )
+        const draining = new Fault('UNAVAILABLE', 'DRAINING', 'this instance is stopping; connect again', {
+          retryAfterMs: 1_000,
+        })
+        approvals.endAll(draining)
+        dispatch.finishAll(draining)
         await stopAll()
         log.info('edgemesh has stopped')
       })()

@@ -3,28 +3,30 @@
  *
  * The order is the guarantee. Nothing is touched before token and CSR have been checked; token, device, serial and
  * audit event change in one transaction; only then is anything signed. A client that lost the answer repeats its call
- * and gets the same device, because a redemption is remembered by its key.
+ * and gets the same device, because a redemption is remembered by its key. So does one that lost the stream on which it
+ * waited for an operator's approval.
  */
-import { randomBytes } from 'node:crypto'
-import { recordCall } from '../audit/journal.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
-import { announce } from '../db/change-feed.ts'
-import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
-import { Fault, type FieldViolation } from '../fault.ts'
+import type { Database } from '../db/orm.ts'
+import { Fault } from '../fault.ts'
 import type { EnrollRequest, EnrollResponse, Identity } from '../gen/edgemesh/v1/enroll.ts'
-import { type DeviceDescription, DeviceType } from '../gen/edgemesh/v1/types.ts'
+import type { Approvals } from './approvals.ts'
 import type { Challenges } from './challenge.ts'
 import { type CheckedCsr, checkCsr } from './csr.ts'
-import { EnrollmentToken, TokenRedemption } from './entities.ts'
-import { csrReplayed, type Issuance, type Reservation, type SignedCertificate, type Subject } from './issuance.ts'
-import { formatSpiffeId, isSafeId } from './spiffe-id.ts'
+import { checkDescription } from './description.ts'
+import type { Issuance, SignedCertificate, Subject } from './issuance.ts'
+import type { Redeemed, Redemptions } from './redemption.ts'
+import { formatSpiffeId } from './spiffe-id.ts'
+import { demandFitting, demandUsable, type Token, tokenState } from './token-rules.ts'
 import { parseToken, secretMatches } from './tokens.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
 
 export type EnrollDeps = {
   db: Database
   issuance: Issuance
+  redemptions: Redemptions
+  approvals: Approvals
   trustBundle: TrustBundleSource
   challenges: Challenges
   trustDomain: string
@@ -34,28 +36,50 @@ export type EnrollDeps = {
   clock: Clock
   /** @throws Fault RESOURCE_EXHAUSTED when the address enrolls too often */
   limit: (address: string) => Promise<void>
+  /** Counts an attempt that was refused. @throws Fault RESOURCE_EXHAUSTED when there were too many with this token */
+  limitToken: (tokenId: string) => Promise<void>
   onEnrollment: (outcome: string) => void
 }
 
 export function createEnroll(deps: EnrollDeps) {
   return async function* enroll(request: EnrollRequest, call: Call): AsyncGenerator<EnrollResponse> {
+    let token: Token | undefined
     try {
+      // Step 1: The limit of the address, before it can make us work.
       await deps.limit(call.address)
-      const token = await findToken(deps, request.token, call)
+
+      // Step 2: The token, found by its id and good only with its secret.
+      const { id, secret } = parseToken(request.token)
+      call.audit.target = `token/${id}`
+      token = await deps.redemptions.token(id)
+      demandSecret(token, secret, deps.tokenSecret)
+
+      // Step 3: The request, which proves that the key is held now, and what the device says of itself.
       const key = checkCsr(request.csr)
       deps.challenges.demand(key)
-      await refuseSpent(deps, token, key)
       const description = checkDescription(request.device)
-      const reservation = await redeem(deps, token, key, description, call).catch(error => {
-        throw csrReplayed(error)
-      })
-      const certificate = await deps.issuance.sign(reservation)
-      const identity = await identityOf(deps, reservation.subject, certificate)
+
+      // Step 4: What is plain already, so that a crowd with a token that is spent does not queue for its lock.
+      await refuseSpent(deps, token, key)
+      demandFitting(token, description, call.address)
+
+      // Step 5: Token, device, serial and audit event, all of it or nothing. A device that has to be approved comes to
+      // be without a serial; when the operator has decided, the same is done again and finds what is still to do.
+      const asked = { tokenId: id, key, description, call }
+      let redeemed = await deps.redemptions.redeem(asked)
+      while (redeemed.step === 'waits') {
+        yield* pendingUntilDecided(deps, id, redeemed, call)
+        call.audit.detail = { token: id }
+        redeemed = await deps.redemptions.redeem(asked)
+      }
+
+      // Step 6: The certificate, for which everything has been on record since step 5.
+      const certificate = await deps.issuance.sign(redeemed.reservation)
+      const identity = await identityOf(deps, redeemed.reservation.subject, certificate)
       deps.onEnrollment('enrolled')
       yield { step: { $case: 'identity', value: identity }, serverTime: new Date(deps.clock()) }
     } catch (error) {
-      deps.onEnrollment(error instanceof Fault ? error.reason.toLowerCase() : 'failed')
-      throw error
+      throw await afterRefusal(deps, token, error, call)
     }
   }
 }
@@ -76,177 +100,73 @@ export async function identityOf(
   }
 }
 
-/** @throws Fault that does not tell an unknown id from a wrong secret */
-async function findToken(deps: EnrollDeps, text: string, call: Call): Promise<EnrollmentToken> {
-  const { id, secret } = parseToken(text)
-  call.audit.target = `token/${id}`
-  const stored = await deps.db.em().findOne(EnrollmentToken, { id })
-  // The secret is compared even where there is no token, so that time does not tell which ids exist.
-  const matches = secretMatches(secret, deps.tokenSecret, stored?.secretHash ?? Buffer.alloc(32))
-  if (!stored || !matches) throw new Fault('UNAUTHENTICATED', 'TOKEN_UNKNOWN', 'there is no such enrollment token')
-  return stored
+const noHash = Buffer.alloc(32)
+
+/** @throws Fault UNAUTHENTICATED TOKEN_UNKNOWN, TOKEN_SECRET_WRONG */
+function demandSecret(token: Token | undefined, secret: Buffer, key: string): asserts token is Token {
+  // The secret is compared even where there is no token: an id costs everyone the same time, known or not.
+  const matches = secretMatches(secret, key, token?.secretHash ?? noHash)
+  if (!token) throw new Fault('UNAUTHENTICATED', 'TOKEN_UNKNOWN', 'there is no such enrollment token')
+  if (!matches) {
+    const message = 'the secret of the enrollment token is wrong; give its text whole, as it was made'
+    throw new Fault('UNAUTHENTICATED', 'TOKEN_SECRET_WRONG', message)
+  }
 }
 
-/** Says early what is plain already, so that a crowd with a token that is spent does not queue for its lock. */
-async function refuseSpent(deps: EnrollDeps, token: EnrollmentToken, { publicKeySha256 }: CheckedCsr): Promise<void> {
-  const before = await deps.db.em().findOne(TokenRedemption, { tokenId: token.id, publicKeySha256 })
-  demandUsable(token, before !== null, deps.clock())
+/** How the key has redeemed the token matters only where others may not redeem it any more. */
+async function refuseSpent(deps: EnrollDeps, token: Token, { publicKeySha256 }: CheckedCsr): Promise<void> {
+  const now = deps.clock()
+  if (tokenState(token, now) === 'active') return
+  demandUsable(token, await deps.redemptions.of(token.id, publicKeySha256), now)
 }
 
-/** One transaction: the token's use, the device, the certificate's serial, the audit event. All of it, or nothing. */
-async function redeem(
+/** Tells the device that it waits, and again every now and then, until there is a decision. */
+async function* pendingUntilDecided(
   deps: EnrollDeps,
-  { id: tokenId }: { id: string },
-  key: CheckedCsr,
-  description: DeviceDescription,
+  tokenId: string,
+  { deviceId, status }: Extract<Redeemed, { step: 'waits' }>,
   call: Call,
-): Promise<Reservation> {
-  return deps.db.em().transactional(async em => {
-    // The lock makes racing redemptions of one token wait for each other: N uses are N, never N + 1.
-    const token = await em.findOneOrFail(EnrollmentToken, { id: tokenId }, { lockMode: LockMode.PESSIMISTIC_WRITE })
-    const before = await em.findOne(TokenRedemption, { tokenId, publicKeySha256: key.publicKeySha256 })
-    demandUsable(token, before !== null, deps.clock())
-    demandFitting(token, description)
-
-    const deviceId = await upsertDevice(deps, em, token, before?.deviceId, key, description)
-    if (!before) {
-      token.uses += 1
-      em.persist(
-        em.create(TokenRedemption, {
-          tokenId,
-          publicKeySha256: key.publicKeySha256,
-          deviceId,
-          sourceAddress: call.address,
-          redeemedAt: new Date(deps.clock()),
-        }),
-      )
-    }
-    const reservation = deps.issuance.reserve(em, { kind: 'device', id: deviceId }, key, deps.certValidityMs)
-    call.audit.target = `device/${deviceId}`
-    call.audit.detail = { token: tokenId, serial: reservation.serial, repeated: before !== null }
-    await recordCall(em, call, { code: 'OK' })
-    await announce(em, [`device:${deviceId}`])
-    return reservation
-  })
+): AsyncGenerator<EnrollResponse> {
+  deps.onEnrollment('pending')
+  do {
+    yield { step: { $case: 'pendingApproval', value: { deviceId } }, serverTime: new Date(deps.clock()) }
+  } while (!(await deps.approvals.decided({ tokenId, deviceId, status }, call.signal)))
 }
 
-/** A token's states: active → used up, expired or revoked; there is no way back. */
-function demandUsable(token: EnrollmentToken, repeated: boolean, nowMs: number): void {
-  if (token.revokedAt) throw new Fault('UNAUTHENTICATED', 'TOKEN_REVOKED', 'the enrollment token has been revoked')
-  if (token.expiresAt.getTime() <= nowMs) {
-    throw new Fault(
-      'UNAUTHENTICATED',
-      'TOKEN_EXPIRED',
-      `the enrollment token expired at ${token.expiresAt.toISOString()}`,
-    )
-  }
-  if (!repeated && token.usesMax != null && token.uses >= token.usesMax) {
-    const message = `the enrollment token is used up (${token.uses} of ${token.usesMax} uses)`
-    throw new Fault('RESOURCE_EXHAUSTED', 'TOKEN_USED_UP', message)
-  }
-}
-
-function demandFitting(token: EnrollmentToken, description: DeviceDescription): void {
-  if (token.deviceId && description.id && token.deviceId !== description.id) {
-    const message = 'the enrollment token is for another device id'
-    throw new Fault('PERMISSION_DENIED', 'TOKEN_FOR_OTHER_DEVICE', message)
-  }
-  if (token.deviceType && token.deviceType !== deviceTypeNames[description.type]) {
-    const message = `the enrollment token is for devices of type ${token.deviceType}`
-    throw new Fault('PERMISSION_DENIED', 'TOKEN_FOR_OTHER_TYPE', message)
-  }
-}
-
-/** Makes the device, or finds the one that this key already is. @returns its id */
-async function upsertDevice(
+/**
+ * What a refused attempt leaves behind: a count, what the audit should know of it, and a mark against its token.
+ *
+ * RATE_LIMIT_ENROLLMENTS by token counts refused attempts alone, and holds up nobody whom the token would let in. A token
+ * of ten thousand uses is rolled out from thousands of addresses within minutes, and has to be; and whoever has seen no
+ * more than the id of a token must not be able to lock out those who hold it. What is left to limit is what thieves and
+ * guessers do: with one token from many addresses.
+ *
+ * @returns what the caller is told
+ */
+async function afterRefusal(
   deps: EnrollDeps,
-  em: EntityManager,
-  token: EnrollmentToken,
-  enrolledBefore: string | undefined,
-  key: CheckedCsr,
-  description: DeviceDescription,
-): Promise<string> {
-  const type = deviceTypeNames[description.type] ?? 'unspecified'
-  const wanted = enrolledBefore ?? token.deviceId ?? description.id
-  const id = wanted || `${type === 'unspecified' ? 'device' : type}-${randomBytes(6).toString('hex')}`
-  const now = new Date(deps.clock())
-  const labels = { ...description.labels, ...token.labels }
-  const inserted = await em.execute(
-    `insert into devices
-       (id, type, os, os_version, labels, status, spiffe_id, public_key_sha256, enrolled_at, updated_at)
-     values (?, ?, ?, ?, ?::jsonb, 'active', ?, ?, ?, ?) on conflict (id) do nothing returning id`,
-    [
-      id,
-      type,
-      description.os,
-      description.osVersion,
-      JSON.stringify(labels),
-      formatSpiffeId({ trustDomain: deps.trustDomain, kind: 'device', id }),
-      key.publicKeySha256,
-      now,
-      now,
-    ],
-  )
-  if (inserted.length === 1) return id
-
-  const [device] = await em.execute<{ status: string; ours: boolean }[]>(
-    `select status, exists (select from certificates c where c.subject_kind = 'device' and c.subject_id = devices.id
-       and c.public_key_sha256 = ? and (c.revoked_at is null or devices.status = 'revoked')) as ours from devices where id = ? for update`,
-    [key.publicKeySha256, id],
-  )
-  if (!device?.ours) {
-    const message = `device ${id} is enrolled with another key: choose another id, or have an operator delete it`
-    throw new Fault('ALREADY_EXISTS', 'DEVICE_EXISTS', message)
+  token: Token | undefined,
+  error: unknown,
+  { audit }: Call,
+): Promise<unknown> {
+  deps.onEnrollment(error instanceof Fault ? error.reason.toLowerCase() : 'failed')
+  if (!(error instanceof Fault) || error.code === 'UNAVAILABLE' || error.code === 'ABORTED') return error
+  audit.detail = { ...audit.detail, ...error.metadata }
+  if (!token) return error
+  if (error.reason === 'TOKEN_USED_UP' || error.reason === 'TOKEN_OTHER_KEY') {
+    // Whose key it was is for operators to know, not for whoever comes second.
+    const first = await deps.redemptions.firstUse(token.id).catch(() => undefined)
+    if (first) {
+      audit.detail.first_use = { at: first.at.toISOString(), from: first.address, device: first.deviceId }
+    }
   }
-  if (device.status === 'revoked') {
-    throw new Fault(
-      'FAILED_PRECONDITION',
-      'DEVICE_REVOKED',
-      `device ${id} has been revoked; enroll it under another id`,
-    )
+  try {
+    await deps.limitToken(token.id)
+    return error
+  } catch (limited) {
+    // A limit that can't be counted now must not hide why the attempt was refused.
+    if (!(limited instanceof Fault) || limited.code === 'UNAVAILABLE') return error
+    audit.detail.refused = error.reason
+    return limited
   }
-  await em.execute(
-    'update devices set type = ?, os = ?, os_version = ?, labels = ?::jsonb, updated_at = ? where id = ?',
-    [type, description.os, description.osVersion, JSON.stringify(labels), now, id],
-  )
-  return id
-}
-
-const deviceTypeNames: Record<number, 'laptop' | 'server' | 'iot' | 'gateway'> = {
-  [DeviceType.LAPTOP]: 'laptop',
-  [DeviceType.SERVER]: 'server',
-  [DeviceType.IOT]: 'iot',
-  [DeviceType.GATEWAY]: 'gateway',
-}
-
-const textCharactersMax = 64
-const labelsMax = 32
-const labelKeyCharactersMax = 63
-const labelValueCharactersMax = 255
-
-/** @throws Fault INVALID_ARGUMENT that names every field out of bounds */
-function checkDescription(device: DeviceDescription | undefined): DeviceDescription {
-  const description = device ?? { id: '', type: DeviceType.UNSPECIFIED, os: '', osVersion: '', labels: {} }
-  const violations: FieldViolation[] = []
-  const wrong = (field: string, text: string) => violations.push({ field: `device.${field}`, description: text })
-  if (description.id && !isSafeId(description.id)) {
-    wrong('id', 'has to be 1 to 64 lower-case letters, digits, ".", "_" or "-", with a letter or digit at both ends')
-  }
-  if (!Object.values<number>(DeviceType).includes(description.type)) wrong('type', 'is none of the known device types')
-  for (const [field, text] of [['os', description.os] as const, ['os_version', description.osVersion] as const]) {
-    if (text.length > textCharactersMax) wrong(field, `has to be of at most ${textCharactersMax} characters`)
-    if (text.includes('\0')) wrong(field, 'must not contain NUL characters')
-  }
-  const labels = Object.entries(description.labels)
-  if (labels.length > labelsMax) wrong('labels', `has to have at most ${labelsMax} entries`)
-  for (const [key, value] of labels.slice(0, labelsMax)) {
-    if (key.length === 0 || key.length > labelKeyCharactersMax) wrong('labels', 'keys have to be of 1 to 63 characters')
-    if (value.length > labelValueCharactersMax) wrong('labels', 'values have to be of at most 255 characters')
-    if (key.includes('\0') || value.includes('\0')) wrong('labels', 'must not contain NUL characters')
-  }
-  if (violations.length > 0) {
-    const what = violations.map(({ field, description }) => `${field} ${description}`).join('; ')
-    throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', what, { violations })
-  }
-  return description
 }

@@ -3,7 +3,6 @@
  * the transaction that allows it, then it is signed, then its fingerprint is noted. A crash in between leaves a serial
  * that nobody holds, never a certificate that nobody knows.
  */
-import { UniqueConstraintViolationException } from '@mikro-orm/core'
 import type { Clock } from '../clock.ts'
 import type { Database, EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
@@ -17,6 +16,8 @@ import { formatSpiffeId, type SpiffeKind } from './spiffe-id.ts'
 const backdateMs = 5 * 60_000
 
 export type Issuance = {
+  /** What would be reserved, for who writes it to `certificates` in a transaction of plain statements. */
+  prepare(subject: Subject, key: CheckedCsr, validityMs: number): Reservation
   /** Reserves a serial in the transaction of `em`. A request that was used before makes it fail: see `csrReplayed`. */
   reserve(em: EntityManager, subject: Subject, key: CheckedCsr, validityMs: number): Reservation
   /** Signs what has been reserved, once that transaction has committed. */
@@ -45,6 +46,7 @@ export type Reservation = {
   serial: string
   notBefore: Date
   notAfter: Date
+  reservedAt: Date
   /** Who will sign: the one that issued when the serial was reserved, whatever has changed since. */
   authority: Generation
 }
@@ -59,21 +61,28 @@ export function createIssuance(options: {
   random?: () => number
 }): Issuance {
   const { db, authorities, trustDomain, crlUrl, clock, random = Math.random } = options
+
+  function prepare(subject: Subject, key: CheckedCsr, validityMs: number): Reservation {
+    const now = clock()
+    const authority = authorities.current().issuing
+    return {
+      authority,
+      subject,
+      key,
+      serial: newSerial(),
+      notBefore: new Date(now - backdateMs),
+      // A leaf never outlives its issuer, nor the root above it.
+      notAfter: new Date(
+        Math.min(now + validityMs, authority.issuer.notAfter.getTime(), authority.rootNotAfter.getTime()),
+      ),
+      reservedAt: new Date(now),
+    }
+  }
+
   return {
+    prepare,
     reserve(em, subject, key, validityMs) {
-      const now = clock()
-      const authority = authorities.current().issuing
-      const reservation = {
-        authority,
-        subject,
-        key,
-        serial: newSerial(),
-        notBefore: new Date(now - backdateMs),
-        // A leaf never outlives its issuer, nor the root above it.
-        notAfter: new Date(
-          Math.min(now + validityMs, authority.issuer.notAfter.getTime(), authority.rootNotAfter.getTime()),
-        ),
-      }
+      const reservation = prepare(subject, key, validityMs)
       em.persist(
         em.create(Certificate, {
           serial: reservation.serial,
@@ -81,10 +90,10 @@ export function createIssuance(options: {
           subjectId: subject.id,
           publicKeySha256: key.publicKeySha256,
           csrSha256: key.sha256 || null,
-          issuerKeyId: authority.issuerKeyId,
+          issuerKeyId: reservation.authority.issuerKeyId,
           notBefore: reservation.notBefore,
           notAfter: reservation.notAfter,
-          createdAt: new Date(now),
+          createdAt: reservation.reservedAt,
         }),
       )
       return reservation
@@ -121,8 +130,7 @@ export function createIssuance(options: {
  * error as it was, when it failed for something else.
  */
 export function csrReplayed(error: unknown): unknown {
-  const { constraint } = error as { constraint?: unknown }
-  if (!(error instanceof UniqueConstraintViolationException) || constraint !== 'certificates_csr') return error
+  if ((error as { constraint?: unknown }).constraint !== 'certificates_csr') return error
   const message = 'csr: this request has been used before; sign a new one with a new challenge'
   return new Fault('FAILED_PRECONDITION', 'CSR_REPLAYED', message, { cause: error })
 }

@@ -22,7 +22,7 @@ import { MeterProvider } from '@opentelemetry/sdk-metrics'
 export type Metrics = {
   /** A decision has been made, `allow` or `deny`, within so many seconds. */
   decision(decision: string, seconds: number): void
-  /** An enrollment has ended: `enrolled`, or the reason of its refusal. */
+  /** An enrollment has ended: `enrolled`, or the reason of its refusal. Or it has begun to wait: `pending`. */
   enrollment(outcome: string): void
   /** A device has come back with an expired certificate: how, or the reason why it was refused. */
   recovery(outcome: string): void
@@ -81,7 +81,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   const meter = provider.getMeter('edgemesh')
 
   const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
-  const enrollments = tally(meter, 'edgemesh_device_enrollments_total', 'Enrollments by how they ended', ['outcome'])
+  const enrollments = tally(
+    meter,
+    'edgemesh_device_enrollments_total',
+    'Enrollments by how they ended, and those that began to wait as pending',
+    ['outcome'],
+  )
   const recoveries = tally(
     meter,
     'edgemesh_certificate_recoveries_total',

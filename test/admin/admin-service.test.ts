@@ -6,7 +6,7 @@ test('every method has a handler but those that are to come', async t => {
   const { admin } = await operator(t)
   const declared = Object.keys(AdminServiceService)
   const missing = declared.filter(method => !(method in admin))
-  t.deepEqual(missing.sort(), ['getEnrollmentToken', 'tailAuditEvents'])
+  t.deepEqual(missing, ['tailAuditEvents'])
   t.deepEqual(
     Object.keys(admin).filter(method => !declared.includes(method)),
     [],

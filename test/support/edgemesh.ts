@@ -4,6 +4,7 @@ import { type Client, credentials, Metadata, type ServiceError, status } from '@
 import type { ExecutionContext, TestFn } from 'ava'
 import pg from 'pg'
 import { signingRequestFor } from '../../src/agent/csr.ts'
+import { type Clock, systemClock } from '../../src/clock.ts'
 import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
@@ -79,10 +80,11 @@ export async function startEdgeMesh(
   t: ExecutionContext,
   env: Record<string, string> = {},
   log = createLog({ level: (process.env.LOG_LEVEL?.toLowerCase() as 'info' | undefined) ?? 'fatal' }),
+  clock: Clock = systemClock,
 ): Promise<EdgeMesh> {
   const db = env.DATABASE_URL ? { url: env.DATABASE_URL, pool: poolOf(t, env.DATABASE_URL) } : await testDatabase(t)
   const settings = readSettings({ ...testEnvironment, DATABASE_URL: db.url, ...env })
-  const server = await startServer({ settings, log })
+  const server = await startServer({ settings, log, clock })
   t.teardown(() => server.stop())
   return { ...(await connect(t, server, `127.0.0.1:${server.apiPort}`)), pool: db.pool, databaseUrl: db.url }
 }

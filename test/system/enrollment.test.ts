@@ -86,7 +86,7 @@ test('a client that repeats its call ten times at once, and once more, is one de
   await heartbeats(t, mesh(), again).beat(healthy)
 
   const other = await refused(mesh().enroll({ token }))
-  t.deepEqual([other.code, other.reason], ['RESOURCE_EXHAUSTED', 'TOKEN_USED_UP'])
+  t.deepEqual([other.code, other.reason], ['PERMISSION_DENIED', 'TOKEN_OTHER_KEY'])
   t.is(await usesOf(token), 1)
 })
 
@@ -143,7 +143,7 @@ for (const [what, prepare, code, reason] of [
       return [parts[0], parts[1], others[2], parts[3]].join('.')
     },
     'UNAUTHENTICATED',
-    'TOKEN_UNKNOWN',
+    'TOKEN_SECRET_WRONG',
   ],
   ['a cut off', async (token: string) => token.slice(0, -1), 'INVALID_ARGUMENT', 'TOKEN_MALFORMED'],
 ] as const) {
