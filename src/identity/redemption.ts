@@ -208,7 +208,7 @@ export function createRedemptions(options: {
           reservation ? now : null,
           reservation?.serial ?? null,
           reservation?.key.sha256 ?? null,
-          reservation?.issuerKeyId ?? null,
+          reservation?.authority.issuerKeyId ?? null,
           reservation?.notBefore ?? null,
           reservation?.notAfter ?? null,
           reservation?.reservedAt ?? null,
