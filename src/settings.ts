@@ -391,7 +391,9 @@ const VARIABLES = {
       'where others reach /crl of METRICS_PORT; certificates carry CRL_URL/<key id of their issuer>.crl ' +
       'as distribution point',
   }),
-  RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', { meaning: 'enrollment attempts of one source address' }),
+  RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', {
+    meaning: 'enrollment attempts of one source address, and refused ones with one token, at all instances together',
+  }),
   RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', { meaning: 'authorization requests of one device' }),
   RATE_LIMIT_HEALTH: defaulted(rateLimit, '10/minute', { meaning: 'heartbeats of one device' }),
   HEALTH_CHECK_MAX_AGE_MINUTES: defaulted(decimal(1_440), '5', {

@@ -209,7 +209,11 @@ async function scene(t: ExecutionContext): Promise<Scene> {
   const operator = await mesh.server.issueOperator({ name: 'oldie', role: 'admin', csr, validityMs: 20_000 * hour })
   const clients = await Promise.all(
     [mesh, other].map(({ server, anonymous }) =>
-      Promise.all(addresses.map(async from => clientsOf(t, await relay(t, server.apiPort, from), anonymous).enroll)),
+      Promise.all(
+        addresses.map(
+          async from => clientsOf(t, `127.0.0.1:${await relay(t, server.apiPort, { from })}`, anonymous).enroll,
+        ),
+      ),
     ),
   )
   const { admin } = mesh.clients({ ...mesh.anonymous, certificatePem: operator.certificatePem, keyPem })
