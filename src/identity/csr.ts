@@ -119,10 +119,16 @@ function derOf(csr: Uint8Array): Uint8Array {
   const text = Buffer.from(csr).toString('latin1')
   // RFC 7468 section 7: generators write the first label, parsers may accept the older second.
   const requests = [...decodePem('CERTIFICATE REQUEST', text), ...decodePem('NEW CERTIFICATE REQUEST', text)]
-  // One that is damaged is one too many: other readers may take that for the one that is meant.
-  const begun = text.match(/-----BEGIN (NEW )?CERTIFICATE REQUEST-----/g)?.length
-  if (requests.length !== 1 || begun !== 1) {
-    throw refusal('CSR_MALFORMED', `${requests.length} requests found, want one PKCS#10 request in DER or PEM`)
+  // Each that begins counts: other readers may take a damaged one for the one that is meant.
+  const begun = text.match(/-----BEGIN (NEW )?CERTIFICATE REQUEST-----/g)?.length ?? 0
+  if (begun !== 1) {
+    throw refusal('CSR_MALFORMED', `${begun} requests found, want one PKCS#10 request in DER or PEM`)
+  }
+  if (requests.length !== 1) {
+    throw refusal(
+      'CSR_MALFORMED',
+      'its PEM is damaged: want lines of base64 between a BEGIN and an END line, nothing else',
+    )
   }
   return requests[0]!
 }

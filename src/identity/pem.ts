@@ -4,6 +4,7 @@ export function encodePem(label: string, der: Uint8Array): string {
   return `-----BEGIN ${label}-----\n${base64.replace(/.{1,64}/g, '$&\n')}-----END ${label}-----\n`
 }
 
+/** BEGIN and END each have a line of their own. */
 const blockPattern = /^-----BEGIN ([A-Z0-9 ]{1,64})-----\r?\n([A-Za-z0-9+/=\r\n]*)^-----END \1-----$/gm
 /** An empty line, at the beginning or later, or half of a line's end. */
 const looseLine = /^\r?\n|\n\r?\n|\r(?!\n)/

@@ -123,7 +123,7 @@ const callTimeoutMs = 30_000
 async function* calls({ progress, profile }: GroupOptions): AsyncGenerator<Row> {
   progress('starting PostgreSQL and a server')
   const served = await startServed()
-  const clients = await enrollClients(served)
+  const clients = enrollClients(served)
   try {
     const tokens = await createTokens(served)
     await enrollMany(clients, tokens, warmUpCalls)
@@ -170,7 +170,7 @@ const channelOptions = {
   'grpc.use_local_subchannel_pool': 1,
 }
 
-async function enrollClients({ address, rootsPem }: Served): Promise<EnrollServiceClient[]> {
+function enrollClients({ address, rootsPem }: Served): EnrollServiceClient[] {
   const channel = credentials.createSsl(Buffer.from(rootsPem))
   return Array.from({ length: connections }, () => new EnrollServiceClient(address, channel, channelOptions))
 }

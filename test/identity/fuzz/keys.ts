@@ -9,10 +9,9 @@ const rsa = (modulusLength: number, publicExponent = 65537) => {
   return () => generateKeyPairSync('rsa', { modulusLength, publicExponent })
 }
 
-const makers: Record<
-  string,
-  { kind: SigningKey['kind']; make: () => { privateKey: KeyObject; publicKey: KeyObject } }
-> = {
+type Makers = Record<string, { kind: SigningKey['kind']; make: () => { privateKey: KeyObject; publicKey: KeyObject } }>
+
+const quick: Makers = {
   'P-256': { kind: 'ec', make: ec('P-256') },
   'P-384': { kind: 'ec', make: ec('P-384') },
   Ed25519: { kind: 'edwards', make: () => generateKeyPairSync('ed25519') },
@@ -25,8 +24,11 @@ const makers: Record<
   'RSA 2047': { kind: 'rsa', make: rsa(2047) },
   'RSA 2048 with exponent 3': { kind: 'rsa', make: rsa(2048, 3) },
   'RSA-PSS': { kind: 'rsa', make: () => generateKeyPairSync('rsa-pss', { modulusLength: 2048 }) },
+}
+
+/** These take a second or more to make. */
+const slow: Makers = {
   DSA: { kind: 'dsa', make: () => generateKeyPairSync('dsa', { modulusLength: 2048, divisorLength: 256 }) },
-  // The last take seconds to make: see `quickKeyNames`.
   'RSA 2049': { kind: 'rsa', make: rsa(2049) },
   'RSA 3072': { kind: 'rsa', make: rsa(3072) },
   'RSA 4096': { kind: 'rsa', make: rsa(4096) },
@@ -34,12 +36,10 @@ const makers: Record<
   'RSA 4608': { kind: 'rsa', make: rsa(4608) },
 }
 
-const keyNames = Object.keys(makers)
+/** Those of the quick ones that have to be accepted. */
 export const allowedKeyNames = ['P-256', 'P-384', 'Ed25519', 'RSA 2048']
-/** Those that take no time to speak of. */
-export const quickKeyNames = keyNames.slice(0, keyNames.indexOf('DSA'))
-/** The others, some of them allowed. */
-export const slowKeyNames = keyNames.slice(keyNames.indexOf('DSA'))
+export const quickKeyNames = Object.keys(quick)
+export const slowKeyNames = Object.keys(slow)
 
 const made = new Map<string, SigningKey>()
 
@@ -47,18 +47,18 @@ const made = new Map<string, SigningKey>()
 export function keyNamed(name: string): SigningKey {
   const known = made.get(name)
   if (known !== undefined) return known
-  const { kind, make } = makers[name]!
+  const { kind, make } = { ...quick, ...slow }[name]!
   const { privateKey, publicKey } = make()
   const key = { kind, privateKey, spki: publicKey.export({ format: 'der', type: 'spki' }) }
   made.set(name, key)
   return key
 }
 
-/** Signature algorithms: as they are written, and how they sign. Old and broken ones are among them. */
 const rsaWith = (last: number, digest: string) => ({
   algorithm: sequence(oid(`1.2.840.113549.1.1.${last}`), nullValue()),
   digest,
 })
+/** How each kind of key can sign, and how that is written. Old and broken ways come last. */
 const signatures: Record<SigningKey['kind'], { algorithm: Buffer; digest: string | null }[]> = {
   ec: [
     { algorithm: sequence(oid('1.2.840.10045.4.3.2')), digest: 'sha256' },

@@ -24,11 +24,17 @@ const cpuMsMax = 1_000
 const secondsDefault = 60
 const seedMax = 0x7fffffff
 
-type Finding = { target: string; seed?: number; finding: string; bytes: Buffer }
+type Finding = {
+  target: string
+  /** Absent for what the other judge has found: it sees as many as there is time for. */
+  seed?: number
+  finding: string
+  bytes: Buffer
+}
 
 const { names, seconds, seed, replay } = readArguments()
 const chosen = targets.filter(({ name }) => names.includes(name))
-const findings = replay === undefined ? await fuzzAll() : chosen.flatMap(target => examineOnce(target, replay))
+const findings = replay === undefined ? await fuzzAll() : await replayAll(replay)
 for (const finding of findings) report(finding)
 console.log(findings.length === 0 ? 'nothing found' : `${findings.length} found`)
 process.exitCode = findings.length > 0 ? 1 : 0
@@ -66,7 +72,7 @@ async function fuzz(target: Target, forMs: number): Promise<Finding[]> {
     while (target.judge && accepted.length > 0 && found.length === 0 && performance.now() < judgeUntil) {
       const some = accepted.splice(0, judgedAtOnce)
       judged += some.length
-      found = (await target.judge(some)).map(it => ({ target: target.name, seed: seedOfRound, ...it }))
+      found = (await target.judge(some)).map(it => ({ target: target.name, ...it }))
     }
   }
   const took = (performance.now() - startedAt) / 1_000
@@ -89,19 +95,23 @@ function timed<T>(work: () => T): T {
   return result
 }
 
-function examineOnce(target: Target, bytes: Buffer): Finding[] {
-  try {
-    console.log(`${target.name}: ${timed(() => target.examine(bytes))}`)
-    return []
-  } catch (error) {
-    return [{ target: target.name, finding: String((error as Error).stack), bytes }]
+async function replayAll(bytes: Buffer): Promise<Finding[]> {
+  const found: Finding[] = []
+  for (const target of chosen) {
+    try {
+      console.log(`${target.name}: ${timed(() => target.examine(bytes))}`)
+      for (const it of (await target.judge?.([bytes])) ?? []) found.push({ target: target.name, ...it })
+    } catch (error) {
+      found.push({ target: target.name, finding: String((error as Error).stack), bytes })
+    }
   }
+  return found
 }
 
-function report({ target, seed: found, finding, bytes }: Finding): void {
+function report({ target, seed: seedOfRound, finding, bytes }: Finding): void {
   console.error(`\nFOUND by ${target}: ${finding}`)
-  if (found !== undefined) console.error(`again with: npm run fuzz -- ${target} --seed ${found}`)
-  console.error(`or with:    npm run fuzz -- ${target} --replay ${bytes.toString('base64')}`)
+  if (seedOfRound !== undefined) console.error(`again with:  npm run fuzz -- ${target} --seed ${seedOfRound}`)
+  console.error(`with these:  npm run fuzz -- ${target} --replay ${bytes.toString('base64')}`)
 }
 
 function readArguments(): { names: string[]; seconds: number; seed: number; replay: Buffer | undefined } {
