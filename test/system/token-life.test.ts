@@ -12,6 +12,8 @@ import { startEnroll } from '../support/enrolling.ts'
 import { relay } from '../support/relay.ts'
 
 const runs = Number(process.env.EDGEMESH_TEST_RUNS ?? 30)
+/** A life is of fifty steps at most, and usually over within a second. */
+const runMsMax = 20_000
 const second = 1_000
 const hour = 3_600 * second
 
@@ -335,6 +337,7 @@ function asShown({ text }: Token, how: Enroll['text']): string {
 }
 
 test('tokens live as the model says, whatever operators and devices do at two instances', async t => {
+  t.timeout(runs * runMsMax)
   const stage = await scene(t)
   let lives = 0
   await fc.assert(
