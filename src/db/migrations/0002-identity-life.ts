@@ -18,6 +18,8 @@ export class IdentityLife extends Migration {
     // When the device was first given a certificate: null while it waits for approval.
     this.addSql('alter table token_redemptions add column completed_at timestamptz')
     this.addSql('create index token_redemptions_device on token_redemptions (device_id)')
+    // A reusable token may have a hundred thousand, of which the newest are shown.
+    this.addSql('create index token_redemptions_newest on token_redemptions (token_id, redeemed_at desc)')
 
     // The expired certificate with which a device came back and asked to be let in again.
     this.addSql('alter table devices add column recovery_serial text')
@@ -74,6 +76,7 @@ export class IdentityLife extends Migration {
     this.addSql('alter table certificates drop column issuer_key_id, drop column csr_sha256')
     this.addSql('alter table devices drop column recovery_serial')
     this.addSql('drop index token_redemptions_device')
+    this.addSql('drop index token_redemptions_newest')
     this.addSql('alter table token_redemptions drop column completed_at')
     // A token without a number of uses means nothing to the version before: it is ended by what it has been used.
     this.addSql('update enrollment_tokens set uses_max = greatest(uses, 1) where uses_max is null')
