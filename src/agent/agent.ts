@@ -30,15 +30,16 @@ import { Fault } from '../fault.ts'
 import type { HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture, TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import { parseToken } from '../identity/tokens.ts'
-import { type DescribedError, describeCallError, isCallError, millisecondsOf, type Server } from './channel.ts'
-import { type DeviceCredentials, enrollDevice, fetchTrustBundle, renewCredentials } from './enroll.ts'
+import { describeCallError, isCallError, millisecondsOf, type Server } from './channel.ts'
+import { type DeviceCredentials, fetchTrustBundle, renewCredentials } from './enroll.ts'
+import { isFinal, keepEnrolling } from './enrolling.ts'
 import type { AgentEvent } from './events.ts'
 import { pinnedTrustBundle } from './first-contact.ts'
 import type { DirectiveKind } from './heartbeat-stream.ts'
 import { trustOf } from './issued-identity.ts'
 import { withClocksCompared } from './server-clock.ts'
 import { openSession, type Session } from './session.ts'
-import { keyForEnrollment, keyForRenewal, loadState, saveState, saveTrust } from './state.ts'
+import { keyForRenewal, loadState, saveState, saveTrust } from './state.ts'
 import { backoffDelayMs, systemTimer, type Timer, withinReason } from './waiting.ts'
 
 export type AgentOptions = {
@@ -79,19 +80,6 @@ const renewalDelayMaxMs = 24 * 3_600_000
 const trustBundleAgeMaxMs = 6 * 3_600_000
 
 const saveRetryMs = 60_000
-
-/** Refusals of a request for an identity that no repetition helps. */
-const finalCodes: ReadonlySet<string> = new Set([
-  'INVALID_ARGUMENT',
-  'UNAUTHENTICATED',
-  'PERMISSION_DENIED',
-  'ALREADY_EXISTS',
-  'FAILED_PRECONDITION',
-  'UNIMPLEMENTED',
-])
-const finalForTokens: ReadonlySet<string> = new Set(['TOKEN_USED_UP'])
-/** Of those codes, what passes: the next request is signed anew, and an operator decides some time. */
-const passing: ReadonlySet<string> = new Set(['CSR_CHALLENGE_STALE', 'CSR_REPLAYED', 'RECOVERY_NEEDS_APPROVAL'])
 
 /** The ends of an identity. Other refusals of it may be a mistake on the server's side that somebody is mending. */
 const identityEnds: ReadonlySet<string> = new Set([
@@ -151,45 +139,7 @@ async function identify(options: Settled): Promise<DeviceCredentials | undefined
     return kept
   }
   if (token === '') throw tokenMissing(stateDirectory)
-  return enroll(options, device)
-}
-
-/** @returns nothing when the agent is stopped before */
-async function enroll(options: Settled, device: Partial<DeviceDescription>): Promise<DeviceCredentials | undefined> {
-  const { server, stateDirectory, token, log, signal, clock, timer, random } = options
-  const keyPem = await keyForEnrollment(stateDirectory)
-  let told = false
-  let failures = 0
-  while (!signal.aborted) {
-    let asked = 0
-    const onPendingApproval = (deviceId: string) => {
-      if (!told) log({ event: 'pending-approval', deviceId })
-      told = true
-      asked += 1
-      if (asked >= reportsSettled) failures = 0
-    }
-    log({ event: 'enrolling', server })
-    try {
-      const credentials = await enrollDevice({ server, token, device, keyPem, signal, onPendingApproval, clock })
-      await saveState(stateDirectory, credentials)
-      const { deviceId, spiffeId, notAfter } = credentials
-      log({ event: 'enrolled', deviceId, spiffeId, notAfter })
-      return credentials
-    } catch (failure) {
-      if (signal.aborted) return undefined
-      const error = describeCallError(failure, clock)
-      if (!isCallError(failure) || isFinal(error) || finalForTokens.has(error.reason)) throw failure
-      const retryInMs = backoffDelayMs(failures, random, error.retryAfterMs)
-      failures += 1
-      log({ event: 'disconnected', error, retryInMs })
-      await timer.sleep(retryInMs, signal)
-    }
-  }
-  return undefined
-}
-
-function isFinal({ code, reason }: DescribedError): boolean {
-  return finalCodes.has(code) && !passing.has(reason)
+  return keepEnrolling(options, device)
 }
 
 /** Everything after the enrollment: does what is due, waits for what is due next, until the agent is stopped. */
@@ -272,7 +222,7 @@ function askForRenewal(agent: Agent, delayMs = agent.random() * renewalSpreadMs)
   agent.renewAtMs ??= agent.timer.uptime() + Math.min(renewalDelayMaxMs, Math.max(0, delayMs))
 }
 
-/** The server wants the device elsewhere. It is asked to once by one server; one that can't keep any has to wait. */
+/** The server wants the device elsewhere. One that wants every session elsewhere as soon as it is open has to wait. */
 function leave(agent: Agent, session: Session, askedMs: number): void {
   if (agent.connectAtMs !== undefined) return
   const settled = hasSettled(session)
@@ -369,7 +319,8 @@ async function afterFailure(agent: Agent, failure: unknown, broken?: Session): P
   }
   const ended = identityEnds.has(error.reason) || (agent.expired && isFinal(error))
   if (!aboutOlder && ended) return enrollAgain(agent, explained)
-  if (error.reason === 'SERVER_UNTRUSTED' && (await tokenIsForServer(agent))) return enrollAgain(agent, explained)
+  const isStranded = error.reason === 'SERVER_UNTRUSTED' && !agent.session
+  if (isStranded && (await tokenIsForServer(agent))) return enrollAgain(agent, explained)
 
   // Step 2: Everything else passes.
   agent.failures = broken && hasSettled(broken) ? 0 : agent.failures + 1
@@ -402,7 +353,7 @@ async function enrollAgain(agent: Agent, failure: Fault | Error): Promise<void> 
   log({ event: 'identity-lost', error })
   await agent.session?.close()
   agent.session = undefined
-  const credentials = await enroll(agent, { id: agent.credentials.deviceId, ...device })
+  const credentials = await keepEnrolling(agent, { id: agent.credentials.deviceId, ...device })
   agent.connectAtMs = timer.uptime()
   if (!credentials) return
   Object.assign(agent, { credentials, expired: false, failures: 0, renewAtMs: undefined, saveAtMs: undefined })
@@ -432,6 +383,7 @@ async function renewWhenDue(agent: Agent, session: Session): Promise<void> {
     const renewed = await renewCredentials(server, credentials, { channel: session.channel, keyPem, clock })
     await keep(agent, renewed)
     const now = timer.uptime()
+    agent.expired = false
     agent.renewAtMs = undefined
     agent.renewNotBeforeMs = now + renewalPauseMs
     agent.renewAskedNotBeforeMs = now + renewalAskedPauseMs
