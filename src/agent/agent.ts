@@ -236,9 +236,9 @@ function leave(agent: Agent, session: Session, askedMs: number): void {
 async function connect(agent: Agent): Promise<void> {
   const { server, log, clock } = agent
   agent.connectAtMs = undefined
+  if (agent.expired && !(await recover(agent))) return
   let next: Session | undefined
   try {
-    if (agent.expired) await recover(agent)
     log({ event: 'connecting', server })
     next = openSession({
       server,
@@ -291,17 +291,22 @@ function intervalOf({ nextInterval }: HeartbeatResponse): number {
 async function lose(agent: Agent, session: Session, failure: unknown): Promise<void> {
   agent.session = undefined
   await session.close()
-  await afterFailure(agent, failure, session)
+  await afterFailure(agent, failure, { broken: session })
 }
 
 /**
- * A session could not be opened, or has broken.
+ * A session could not be opened, or has broken, or a certificate that has expired was not replaced.
  *
- * @param broken the session that there was
+ * @param of the session that there was; whether it was the recovery that has failed
  * @throws what ends the agent
  */
-async function afterFailure(agent: Agent, failure: unknown, broken?: Session): Promise<void> {
+async function afterFailure(
+  agent: Agent,
+  failure: unknown,
+  of: { broken?: Session; recovering?: boolean } = {},
+): Promise<void> {
   const { server, log, clock, random, timer } = agent
+  const { broken, recovering = false } = of
   if (agent.signal.aborted) return
   const explained = await withClocksCompared(failure, server, clock)
   if (!isCallError(explained)) throw explained
@@ -311,13 +316,14 @@ async function afterFailure(agent: Agent, failure: unknown, broken?: Session): P
 
   // Step 1: What ends the certificate, or the identity. Of a certificate that has been renewed since it does not.
   const aboutOlder = broken !== undefined && !isCurrent(agent, broken)
-  if (!aboutOlder && error.reason === 'CERTIFICATE_EXPIRED' && !agent.expired) {
+  if (!aboutOlder && !recovering && error.reason === 'CERTIFICATE_EXPIRED') {
+    if (agent.expired) return // the other stream has said so, and it is being seen to
     agent.expired = true
     agent.connectAtMs = timer.uptime()
     log({ event: 'certificate-expired', error })
     return
   }
-  const ended = identityEnds.has(error.reason) || (agent.expired && isFinal(error))
+  const ended = identityEnds.has(error.reason) || (recovering && isFinal(error))
   if (!aboutOlder && ended) return enrollAgain(agent, explained)
   const isStranded = error.reason === 'SERVER_UNTRUSTED' && !agent.session
   if (isStranded && (await tokenIsForServer(agent))) return enrollAgain(agent, explained)
@@ -334,15 +340,21 @@ async function afterFailure(agent: Agent, failure: unknown, broken?: Session): P
   }
 }
 
-/** Asks for a new certificate on a connection that shows the one that has expired. */
-async function recover(agent: Agent): Promise<void> {
+/** Asks for a new certificate on a connection that shows the one that has expired. @returns whether there is one */
+async function recover(agent: Agent): Promise<boolean> {
   const { server, stateDirectory, credentials, clock, log } = agent
-  const keyPem = await keyForRenewal(stateDirectory)
-  const renewed = await renewCredentials(server, credentials, { keyPem, clock })
-  agent.expired = false
-  agent.told.recoveryPending = false
-  await keep(agent, renewed)
-  log({ event: 'recovered', notAfter: renewed.notAfter })
+  try {
+    const keyPem = await keyForRenewal(stateDirectory)
+    const renewed = await renewCredentials(server, credentials, { keyPem, clock })
+    agent.expired = false
+    agent.told.recoveryPending = false
+    await keep(agent, renewed)
+    log({ event: 'recovered', notAfter: renewed.notAfter })
+    return true
+  } catch (failure) {
+    await afterFailure(agent, failure, { recovering: true })
+    return false
+  }
 }
 
 /** The identity is lost. See the head of this file for when it is taken up again. @throws failure where it is not */

@@ -3,9 +3,9 @@ import { describeCallError } from '../../src/agent/channel.ts'
 import { loadState } from '../../src/agent/state.ts'
 import { Fault } from '../../src/fault.ts'
 import { mintToken } from '../../src/identity/tokens.ts'
-import { fleetServer, keySha256, unauthenticated, unavailable } from './fleet-server.ts'
+import { bundleOf, fleetServer, keySha256, unauthenticated, unavailable } from './fleet-server.ts'
 import { type RunningAgent, startAgent } from './running-agent.ts'
-import { deviceCredentials, smallAuthority } from './small-server.ts'
+import { deviceCredentials, serverCertificate, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()
 const alpha = { ...deviceCredentials(authority, 'alpha'), renewAfter: new Date('2100-01-01') }
@@ -104,6 +104,24 @@ test('a stream that is cut when the certificate expires is the beginning of the 
   t.true(agent.told().includes('recovered'))
 })
 
+test('a certificate that expires while a device changes over is shown once more, by either stream', async t => {
+  const server = await fleetServer(t, authority, {
+    answer: ({ stream }) => {
+      if (stream === 0) return { directives: [{ $case: 'reconnect', value: { delay: undefined } }] }
+      if (stream > 1) return nothing
+      server.streams[0]?.cut(unauthenticated('CERTIFICATE_EXPIRED'))
+      return expired
+    },
+    renewal: attempt => (attempt === 0 ? refusal('RECOVERY_NEEDS_APPROVAL') : undefined),
+  })
+  const agent = await startAgent(t, { server: server.address }, alpha, ({ event }, { stop }) => {
+    if (event === 'reported' && server.streams.length === 3) stop()
+  })
+  await t.notThrowsAsync(agent.done)
+  t.is(agent.told().filter(event => event === 'certificate-expired').length, 1)
+  t.is(server.renewals.length, 2)
+})
+
 // ── A token that is new ────────────────────────────────────────────────────────────────────────────────────────────
 
 const ends = ['DEVICE_DELETED', 'CERTIFICATE_RETIRED', 'CERTIFICATE_REVOKED']
@@ -183,6 +201,24 @@ test('a device whose authority was replaced while it was away enrolls again with
   await agent.done
   t.is(server.enrollments.length, 1)
   t.is(server.streams.length, 1)
+})
+
+test('a new token is not used while there is a session that works', async t => {
+  const newer = await smallAuthority()
+  const server = await fleetServer(t, authority, {
+    answer: () => ({ directives: [{ $case: 'reconnect', value: { delay: undefined } }] }),
+    // Of the id that the device goes by: it hears of the new root from the token alone.
+    bundle: () => bundleOf(newer),
+  })
+  const token = mintToken({ rootKeySha256: newer.rootKeySha256 }).text
+  const agent = await startAgent(t, { server: server.address, token }, alpha, ({ event }, { stop }) => {
+    if (event === 'connecting') server.show(serverCertificate(server.streams.length === 0 ? authority : newer))
+    if (event === 'reconnection-failed' || event === 'identity-lost') stop()
+  })
+  await agent.done
+  t.true(agent.told().includes('reconnection-failed'))
+  t.false(agent.told().includes('identity-lost'))
+  t.is(server.enrollments.length, 0)
 })
 
 test('a new token is not shown to a server that it was not made by', async t => {

@@ -75,6 +75,8 @@ export type SmallServer = {
   address: string
   /** The certificate that a caller has shown, whatever it is worth. */
   shownBy(call: { getPeer(): string }): X509Certificate | undefined
+  /** From the next connection on. */
+  show(other: Shown): void
   /** Cuts every connection, and takes no more. */
   stop(): void
 }
@@ -111,6 +113,7 @@ export async function serveAs(
   t.teardown(stop)
   return {
     address: `127.0.0.1:${(tls.address() as AddressInfo).port}`,
+    show: ({ keyPem, certificateChainPem }) => tls.setSecureContext({ key: keyPem, cert: certificateChainPem }),
     shownBy: call => certificates.get(call.getPeer()),
     stop,
   }
