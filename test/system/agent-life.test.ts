@@ -1,14 +1,14 @@
-/** The agent through the life of its identity, on the real service: let in, away for too long, thrown out. */
+/** The agent's whole life against real servers: approval, a certificate that has expired, deletion, another token. */
+import { X509Certificate } from 'node:crypto'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import type { ExecutionContext } from 'ava'
-import test from 'ava'
-import { runAgent } from '../../src/agent/agent.ts'
+import { setTimeout as wait } from 'node:timers/promises'
+import test, { type ExecutionContext } from 'ava'
+import { type AgentOptions, runAgent } from '../../src/agent/agent.ts'
 import { describeCallError } from '../../src/agent/channel.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState, saveState } from '../../src/agent/state.ts'
-import { systemTimer, type Timer } from '../../src/agent/waiting.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { specialLeaves } from '../support/authority.ts'
 import {
@@ -21,123 +21,134 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 
+const minuteMs = 60_000
+
+/** On one database; they differ in what they do with a device that comes back. */
 const instances = shared(test, async file => {
-  const env = { HEARTBEAT_INTERVAL_SECONDS: '1' }
-  const lenient = await startEdgeMesh(file, env)
-  return { lenient, strict: await startSecondInstance(file, lenient, { ...env, CERT_RECOVERY: 'approval' }) }
+  const often = { HEARTBEAT_INTERVAL_SECONDS: '1' }
+  const mesh = await startEdgeMesh(file, often)
+  return { mesh, strict: await startSecondInstance(file, mesh, { ...often, CERT_RECOVERY: 'approval' }) }
 })
+const mesh = () => instances().mesh
 
-/** What is left of a wait, whatever the server asks for. */
-const waitMsMax = 200
-
-/** Time that passes faster where somebody waits for long. */
-function hastyTimer(): Timer {
-  let skippedMs = 0
-  return {
-    uptime: () => systemTimer.uptime() + skippedMs,
-    async sleep(ms, signal) {
-      const waitedMs = Math.min(ms, waitMsMax)
-      await systemTimer.sleep(waitedMs, signal)
-      if (!signal.aborted) skippedMs += ms - waitedMs
-    },
-  }
+async function folder(t: ExecutionContext): Promise<string> {
+  const parent = await mkdtemp(join(tmpdir(), 'edgemesh-agent-life-'))
+  t.teardown(() => rm(parent, { recursive: true }))
+  return join(parent, 'state')
 }
 
-async function stateFolder(t: ExecutionContext): Promise<string> {
-  const folder = await mkdtemp(join(tmpdir(), 'edgemesh-agent-life-'))
-  t.teardown(() => rm(folder, { recursive: true, force: true }))
-  return folder
-}
-
-function startAgent(t: ExecutionContext, mesh: EdgeMesh, id: string, stateDirectory: string, token = '') {
+/** An agent that waits for a moment only, however long it has to. */
+function start(
+  t: ExecutionContext,
+  at: EdgeMesh,
+  id: string,
+  options: Pick<AgentOptions, 'stateDirectory'> & Partial<AgentOptions>,
+) {
   const events: AgentEvent[] = []
   const stopping = new AbortController()
+  let passedMs = 0
   const done = runAgent({
-    server: `127.0.0.1:${mesh.server.apiPort}`,
-    stateDirectory,
-    token,
+    server: `127.0.0.1:${at.server.apiPort}`,
     device: { id },
     posture: async () => healthy,
-    log: event => void events.push(event),
+    log: event => events.push(event),
     signal: stopping.signal,
-    timer: hastyTimer(),
+    timer: {
+      uptime: () => passedMs,
+      async sleep(ms, signal) {
+        await wait(Math.min(ms, 100), undefined, { signal }).catch(() => undefined)
+        if (!signal.aborted) passedMs += ms
+      },
+    },
+    ...options,
   })
-  done.catch(() => {})
+  done.catch(() => {}) // whoever waits for it is told
   t.teardown(async () => {
     stopping.abort()
-    await Promise.allSettled([done])
+    await done.catch(() => {})
   })
-  return {
-    done,
-    stop: () => stopping.abort(),
-    heard: (name: AgentEvent['event']) => eventually(name, () => events.find(({ event }) => event === name)),
-    count: (name: AgentEvent['event']) => events.filter(({ event }) => event === name).length,
+  const told = (name: AgentEvent['event']) => events.filter(({ event }) => event === name).length
+  const stop = () => {
+    stopping.abort()
+    return done
   }
+  return { done, told, stop, events }
 }
 
-/** A device that has been away until its certificate expired: what its agent has kept. */
+/** A device whose agent was off until its certificate had expired. @returns the folder of its agent */
 async function away(t: ExecutionContext, id: string): Promise<string> {
-  const { lenient } = instances()
-  const folder = await stateFolder(t)
-  const before = startAgent(t, lenient, id, folder, await lenient.token())
-  await before.heard('reported')
-  before.stop()
-  await before.done
-  const issue = await specialLeaves(lenient)
-  const spiffeId = `spiffe://edgemesh.local/device/${id}`
-  const leaf = await issue({ spiffeId, recordedFor: id, validFromMs: -50 * 60_000, validForMs: -60_000 })
-  const kept = (await loadState(folder))!
-  const { keyPem, certificatePem: certificateChainPem } = leaf
-  await saveState(folder, { ...kept, keyPem, certificateChainPem, notAfter: new Date(Date.now() - 60_000) })
-  return folder
+  const stateDirectory = await folder(t)
+  const before = start(t, mesh(), id, { stateDirectory, token: await mesh().token() })
+  await eventually('its first report', () => before.told('reported') >= 1)
+  await before.stop()
+  const kept = await loadState(stateDirectory)
+  if (!kept) throw new Error('nothing was kept')
+  // As if its one certificate were older.
+  await mesh().pool.query(`delete from certificates where subject_id = $1`, [id])
+  const issue = await specialLeaves(mesh())
+  const dates = { validFromMs: -50 * minuteMs, validForMs: -minuteMs }
+  const expired = await issue({ spiffeId: kept.spiffeId, recordedFor: id, ...dates })
+  await saveState(stateDirectory, { ...kept, keyPem: expired.keyPem, certificateChainPem: expired.certificatePem })
+  return stateDirectory
 }
 
-const statusOf = async (id: string) => (await unary(instances().lenient.admin, 'getDevice', { id })).device?.status
+const statusOf = async (id: string) => (await unary(mesh().admin, 'getDevice', { id })).device?.status
 
-test('an agent that was away too long comes back quarantined, and goes on when an operator releases it', async t => {
-  const { lenient } = instances()
-  const folder = await away(t, 'sailor')
-  const agent = startAgent(t, lenient, 'sailor', folder)
-  await agent.heard('quarantined')
-  t.is(await statusOf('sailor'), DeviceStatus.QUARANTINED)
-  await unary(lenient.admin, 'releaseDevice', { id: 'sailor' })
-  await agent.heard('released')
-  t.true((await loadState(folder))!.notAfter.getTime() > Date.now(), 'with a certificate that it has kept')
-  agent.stop()
-  await agent.done
+test('an agent that was away comes back by itself, quarantined, until an operator releases it', async t => {
+  const stateDirectory = await away(t, 'sleeper')
+  const agent = start(t, mesh(), 'sleeper', { stateDirectory })
+  await eventually('it is back', () => agent.told('reported') >= 1)
+  t.deepEqual([agent.told('certificate-expired'), agent.told('recovered'), agent.told('quarantined')], [1, 1, 1])
+  t.is(await statusOf('sleeper'), DeviceStatus.QUARANTINED)
+  const kept = await loadState(stateDirectory)
+  t.true(new X509Certificate(kept?.certificateChainPem ?? '').validToDate.getTime() > Date.now())
+
+  await unary(mesh().admin, 'releaseDevice', { id: 'sleeper' })
+  await eventually('it hears of it', () => agent.told('released') === 1)
+  await agent.stop()
 })
 
-test('where an operator has to approve, the agent waits, and is in when one has', async t => {
-  const { lenient, strict } = instances()
-  const folder = await away(t, 'hermit')
-  const agent = startAgent(t, strict, 'hermit', folder)
-  await agent.heard('recovery-pending')
-  t.is(await statusOf('hermit'), DeviceStatus.PENDING)
-  await unary(lenient.admin, 'approveDevice', { id: 'hermit' })
-  await agent.heard('reported')
-  t.is(await statusOf('hermit'), DeviceStatus.ACTIVE)
+test('where approval is asked for, an agent that was away waits for it, and goes on then', async t => {
+  const stateDirectory = await away(t, 'supplicant')
+  const agent = start(t, instances().strict, 'supplicant', { stateDirectory })
+  await eventually('it waits', () => agent.told('recovery-pending') === 1)
+  await eventually('it is seen to wait', async () => (await statusOf('supplicant')) === DeviceStatus.PENDING)
+  await unary(mesh().admin, 'approveDevice', { id: 'supplicant' })
+  await eventually('it is back', () => agent.told('reported') >= 1)
+  t.is(agent.told('recovery-pending'), 1)
+  t.is(await statusOf('supplicant'), DeviceStatus.ACTIVE)
+  await agent.stop()
 })
 
-test('an agent whose token takes an approval waits for it, once said, and reports then', async t => {
-  const { lenient, strict } = instances()
-  const token = await lenient.token({ requiresApproval: true })
-  const agent = startAgent(t, strict, 'guest', await stateFolder(t), token)
-  await agent.heard('pending-approval')
-  await unary(lenient.admin, 'approveDevice', { id: 'guest' })
-  await agent.heard('reported')
-  t.is(agent.count('pending-approval'), 1)
+test('an agent goes on waiting for approval when its instance dies, and is let in by the next', async t => {
+  const second = await startSecondInstance(t, mesh())
+  const stateDirectory = await folder(t)
+  const token = await mesh().token({ requiresApproval: true })
+  const agent = start(t, second, 'patient', { stateDirectory, token })
+  await eventually('it waits', () => agent.told('pending-approval') === 1)
+  await second.server.stop()
+  await eventually('it has lost its instance', () => agent.told('disconnected') >= 1)
+  await startSecondInstance(t, mesh(), { API_PORT: String(second.server.apiPort) })
+  await unary(mesh().admin, 'approveDevice', { id: 'patient' })
+  await eventually('it is in', () => agent.told('reported') >= 1)
+  t.is(agent.told('pending-approval'), 1)
+  await agent.stop()
 })
 
-for (const [what, method, reason] of [
-  ['revoked', 'revokeDevice', 'DEVICE_REVOKED'],
-  ['deleted', 'deleteDevice', 'DEVICE_DELETED'],
-] as const) {
-  test(`an agent whose device is ${what} ends, and says why`, async t => {
-    const { lenient } = instances()
-    const agent = startAgent(t, lenient, what, await stateFolder(t), await lenient.token())
-    await agent.heard('reported')
-    await unary(lenient.admin, method, { id: what, reason: 'left on a train' })
-    const failure = await t.throwsAsync(agent.done)
-    t.is(describeCallError(failure).reason, reason)
-  })
-}
+test('an agent whose device is deleted ends, and comes back with another token only', async t => {
+  const stateDirectory = await folder(t)
+  const token = await mesh().token({ reusable: true })
+  const agent = start(t, mesh(), 'fickle', { stateDirectory, token })
+  await eventually('its first report', () => agent.told('reported') >= 1)
+  await unary(mesh().admin, 'deleteDevice', { id: 'fickle' })
+  t.is(describeCallError(await t.throwsAsync(agent.done)).reason, 'DEVICE_DELETED')
+
+  const again = start(t, mesh(), 'fickle', { stateDirectory, token })
+  t.is(describeCallError(await t.throwsAsync(again.done)).reason, 'DEVICE_DELETED')
+
+  const back = start(t, mesh(), 'fickle', { stateDirectory, token: await mesh().token() })
+  await eventually('it is back', () => back.told('reported') >= 1)
+  t.deepEqual([back.told('identity-lost'), back.told('enrolled')], [1, 1])
+  t.is(await statusOf('fickle'), DeviceStatus.ACTIVE)
+  await back.stop()
+})
