@@ -551,13 +551,19 @@ function notACertificate(): DerError {
 function soleSpiffeId({ extensions }: ParsedCertificate): SpiffeId | undefined {
   const names = extensions.get(oids.subjectAltName)
   if (names === undefined) return undefined
-  const uris = decodeDer(names.value).children.filter(name => name.tag === uriTag)
+  const list = decodeDer(names.value)
+  // A GeneralName is context-specific, whatever it is (RFC 5280 section 4.2.1.6).
+  if (list.tag !== tags.sequence || list.children.some(({ tag }) => (tag & 0xc0) !== 0x80)) throw notACertificate()
+  const uris = list.children.filter(name => name.tag === uriTag)
   return uris.length === 1 ? parseSpiffeId(uris[0]!.contents.toString('latin1')) : undefined
 }
 
 function extendedKeyUsage({ extensions }: ParsedCertificate): string[] {
   const usages = extensions.get(oids.extendedKeyUsage)
-  return usages === undefined ? [] : decodeDer(usages.value).children.map(usage => oidText(usage.contents))
+  if (usages === undefined) return []
+  const list = decodeDer(usages.value)
+  if (list.tag !== tags.sequence || list.children.some(({ tag }) => tag !== tags.oid)) throw notACertificate()
+  return list.children.map(usage => oidText(usage.contents))
 }
 
 /** The text of an attribute that the name has exactly once. With two, which one counts would be anyone's guess. */
