@@ -52,7 +52,11 @@ export class Fault extends Error {
 
 /** INVALID_ARGUMENT for one field. `field` is the path as the proto spells it, such as `device.labels`. */
 export function invalidField(field: string, description: string): Fault {
-  return new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', `${field}: ${description}`, {
-    violations: [{ field, description }],
-  })
+  return invalidFields([{ field, description }])
+}
+
+/** The same for all that is wrong with a request. */
+export function invalidFields(violations: FieldViolation[]): Fault {
+  const message = violations.map(({ field, description }) => `${field} ${description}`).join('; ')
+  return new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', message, { violations })
 }

@@ -16,6 +16,7 @@ import { isIP } from 'node:net'
 import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import { z } from 'zod'
+import { isNetwork } from './network.ts'
 
 /** Durations are milliseconds, except where the name says otherwise. */
 export type Settings = Readonly<{
@@ -246,13 +247,6 @@ const networks = text.transform((list, context) => {
     ? given
     : refuse(context, `not networks such as 10.0.0.0/8 or fd00::/8: ${wrong.join(', ')}`)
 })
-
-/** CIDR notation (RFC 4632 section 3.1), or a single address. */
-export function isNetwork(text: string): boolean {
-  const [, address = '', length] = /^([0-9a-f.:]+)(?:\/(\d{1,3}))?$/i.exec(text) ?? []
-  const family = isIP(address)
-  return family !== 0 && Number(length ?? 0) <= (family === 4 ? 32 : 128)
-}
 
 const trustDomain = text.regex(/^[a-z0-9._-]{1,255}$/, {
   error: 'must be a SPIFFE trust domain: lower-case letters, digits, dots, dashes, underscores',

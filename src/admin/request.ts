@@ -3,21 +3,16 @@
  * is wrong with a request into a single INVALID_ARGUMENT.
  */
 import { z } from 'zod'
-import { Fault } from '../fault.ts'
-import { isSafeId } from '../identity/spiffe-id.ts'
+import { invalidFields } from '../fault.ts'
+import { controlCharacter, labelViolations } from '../identity/labels.ts'
+import { isSafeId, safeIdRule } from '../identity/spiffe-id.ts'
 
 const nameCharactersMax = 255
 const reasonCharactersMax = 255
 /** RFC 5321 section 4.5.3.1.3: 256 with the angle brackets. */
 const emailCharactersMax = 254
-const labelsMax = 32
-const labelKeyCharactersMax = 63
-const labelValueCharactersMax = 255
 /** A caller mends the first few and asks again; a request of nothing but mistakes must not make a huge answer. */
 const violationsMax = 100
-
-/** Neither terminals nor logs want them, and PostgreSQL can't keep NUL. */
-const controlCharacter = /\p{Cc}/u
 
 /** Text of at most `charactersMax` characters, possibly empty. */
 export function text(charactersMax: number) {
@@ -27,16 +22,11 @@ export function text(charactersMax: number) {
     .refine(value => !controlCharacter.test(value), 'must not contain control characters')
 }
 
-export const id = z
-  .string()
-  .refine(
-    isSafeId,
-    'has to be of 1 to 64 characters of a-z, 0-9, ".", "_" and "-", the first and the last a letter or a digit',
-  )
+export const id = z.string().refine(isSafeId, safeIdRule)
 
 /** An id where the empty string stands for none. */
 export const optionalId = z.union([z.literal(''), id], {
-  error: 'has to be empty or an id: 1 to 64 characters of a-z, 0-9, ".", "_" and "-"',
+  error: `has to be empty, or ${safeIdRule}`,
 })
 
 export const name = text(nameCharactersMax)
@@ -51,18 +41,8 @@ export const role = z
   .regex(/^[a-z][a-z0-9_-]{0,62}$/, 'has to be of 1 to 63 characters of a-z, 0-9, "_" and "-", the first a letter')
 
 export const labels = z.record(z.string(), z.string()).superRefine((given, context) => {
-  const entries = Object.entries(given)
-  if (entries.length > labelsMax) {
-    context.addIssue({ code: 'custom', message: `has to have at most ${labelsMax} entries` })
-  }
-  for (const [key, value] of entries.slice(0, labelsMax)) {
-    if (key.length === 0 || key.length > labelKeyCharactersMax || controlCharacter.test(key)) {
-      const message = `keys have to be of 1 to ${labelKeyCharactersMax} characters, none a control character`
-      context.addIssue({ code: 'custom', message })
-    } else if (value.length > labelValueCharactersMax || controlCharacter.test(value)) {
-      const message = `has to be of at most ${labelValueCharactersMax} characters, none a control character`
-      context.addIssue({ code: 'custom', path: [key], message })
-    }
+  for (const { field, description } of labelViolations(given, '')) {
+    context.addIssue({ code: 'custom', message: description, path: field === '' ? [] : [field.slice(1)] })
   }
 })
 
@@ -84,8 +64,7 @@ export function check<S extends z.ZodType>(shape: S, request: unknown): z.output
     field: protoPath(issue.path),
     description: issue.message,
   }))
-  const message = violations.map(({ field, description }) => `${field} ${description}`).join('; ')
-  throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', message, { violations })
+  throw invalidFields(violations)
 }
 
 /** The path as the proto spells it: `grant.actions[0]`, `labels.site`. */

@@ -502,6 +502,6 @@ function tokenMissing(directory: string): Fault {
 
 function revoked(reason: string): Fault {
   const why = reason === '' ? '' : ` (${reason})`
-  const message = `the device has been revoked${why}: empty its state folder and enroll it under another id`
+  const message = `the device has been revoked${why}`
   return new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', message)
 }

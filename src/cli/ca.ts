@@ -170,7 +170,7 @@ Examples:
 function progressCommand(): Command {
   return listing(connecting(new Command('progress')))
     .description('how far each device and operator is with a rotation')
-    .option('--behind', 'only those who have no certificate of the new authority yet', false)
+    .option('--behind', 'only those whom the next stage would leave behind', false)
     .addHelpText(
       'after',
       `

@@ -29,8 +29,8 @@ const hints: Readonly<Record<string, string>> = {
   TOKEN_REVOKED: anotherToken,
   TOKEN_USED_UP: anotherToken,
   TOKEN_OTHER_KEY:
-    'another device has used it, or this one has lost its --state folder: see who in edgemesh token list, and ' +
-    anotherToken,
+    'this device may have lost its --state folder; if not, see who has used it: edgemesh token show ID, and take that ' +
+    'back with: edgemesh token revoke ID --with-devices --reason TEXT',
   TOKEN_FOR_OTHER_DEVICE:
     'give the device the id that the token is for: edgemesh agent --id ID; or make another token for it',
   TOKEN_FOR_OTHER_TYPE: 'say what the device is: edgemesh agent --type TYPE; or make another token for it',

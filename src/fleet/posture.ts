@@ -1,7 +1,7 @@
 /**
  * Posture: what a device says of its health, how messages merge into it, and what of it misses the requirements.
  */
-import { Fault, type FieldViolation } from '../fault.ts'
+import { type FieldViolation, invalidFields } from '../fault.ts'
 import type { Posture } from '../gen/edgemesh/v1/types.ts'
 
 /** A device's health as it is kept. What is absent is unknown. Percentages are 0 to 100. */
@@ -61,10 +61,7 @@ export function checkPosture(posture: Posture): void {
       violations.push({ field: 'posture.attributes', description: 'must not contain NUL characters' })
     }
   }
-  if (violations.length > 0) {
-    const what = violations.map(({ field, description }) => `${field} ${description}`).join('; ')
-    throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', what, { violations })
-  }
+  if (violations.length > 0) throw invalidFields(violations)
 }
 
 /** What is known after `posture`, on top of what a stream has reported before; `undefined` before its first message. */

@@ -3,11 +3,11 @@
  * be made over the wire, because who would be allowed to?
  */
 import type { Database } from '../db/orm.ts'
-import { Fault } from '../fault.ts'
+import { invalidField } from '../fault.ts'
 import type { AuthoritySet } from './authorities.ts'
 import { checkCsr } from './csr.ts'
 import type { Issuance } from './issuance.ts'
-import { isSafeId } from './spiffe-id.ts'
+import { isSafeId, safeIdRule } from './spiffe-id.ts'
 
 /** Longer than this no operator's certificate is made out: the 825 days that browsers allowed once, for the same reasons. */
 export const operatorValidityMsMax = 825 * 86_400_000
@@ -19,10 +19,10 @@ export async function issueOperator(
 ): Promise<{ certificatePem: string; rootsPem: string; notAfter: Date }> {
   for (const field of ['name', 'role'] as const) {
     if (isSafeId(operator[field])) continue
-    const description = 'has to be 1 to 64 lower-case letters, digits, ".", "_" or "-"'
-    throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', `${field} ${description}`, {
-      violations: [{ field, description }],
-    })
+    throw invalidField(field, safeIdRule)
+  }
+  if (!(operator.validityMs <= operatorValidityMsMax)) {
+    throw invalidField('validity', `has to be at most ${operatorValidityMsMax / 86_400_000} days`)
   }
   const key = checkCsr(operator.csr)
   const subject = { kind: 'operator' as const, id: operator.name, role: operator.role }

@@ -16,10 +16,11 @@ import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { changeChannel } from '../db/change-feed.ts'
 import { inTransaction } from '../db/transaction.ts'
-import { Fault } from '../fault.ts'
+import { Fault, invalidField } from '../fault.ts'
 import type { CheckedCsr } from './csr.ts'
 import type { Description } from './description.ts'
 import { csrReplayed, type Issuance, type Reservation } from './issuance.ts'
+import { labelsMax } from './labels.ts'
 import { formatSpiffeId } from './spiffe-id.ts'
 import { demandSameDevice, demandUsable, type Redemption, type Token } from './token-rules.ts'
 
@@ -249,7 +250,11 @@ export function createRedemptions(options: {
     const { type, os, osVersion } = description
     const id = token.deviceId || description.id || randomId(type)
     // What the token says beats the device's own word.
-    const labels = JSON.stringify({ ...description.labels, ...token.labels })
+    const merged = { ...description.labels, ...token.labels }
+    if (Object.keys(merged).length > labelsMax) {
+      throw invalidField('device.labels', `has to have at most ${labelsMax} entries, those of the token included`)
+    }
+    const labels = JSON.stringify(merged)
     const status = token.requiresApproval ? 'pending' : 'active'
     const spiffeId = formatSpiffeId({ trustDomain, kind: 'device', id })
     const inserted = await client.query({

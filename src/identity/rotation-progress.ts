@@ -1,7 +1,9 @@
 /**
  * How far a fleet is with a rotation: who has reported that it trusts the next root, who uses a certificate of the next
- * authority. That one was issued is not enough: the answer may have been lost, and who has it may still be about to change
- * over. So what counts for a device that reports is the certificate that it reports with. Counted is who would be left behind: devices that are not revoked, and operators, with a certificate that has
+ * authority. That one was issued is not enough: the answer may have been lost, and who has it may still be about to
+ * change over. So what counts for a device that reports is the certificate that it reports with.
+ *
+ * Counted is who would be left behind: devices that are not revoked, and operators, with a certificate that has
  * neither expired nor been revoked.
  */
 import type { EntityManager } from '../db/orm.ts'
@@ -55,7 +57,12 @@ export async function rotationProgress(em: EntityManager, set: AuthoritySet): Pr
   return row!
 }
 
-/** Holders by kind and id, from after `after` on. */
+/**
+ * Holders by kind and id, from after `after` on.
+ *
+ * @param page.behindOnly only those whom the next stage would leave behind: while the next root is published, devices that do
+ *   not trust it yet; later, whoever has no certificate of the next authority
+ */
 export function holderProgress(
   em: EntityManager,
   set: AuthoritySet,
@@ -64,8 +71,10 @@ export function holderProgress(
   const { after = ['', ''], limit, behindOnly } = page
   return em.execute<HolderProgress[]>(
     `select * from (${holders}) holder
-     where (kind, id) > (?, ?) and not (certified and ?) order by kind, id limit ?`,
-    [...holderParameters(set), ...after, behindOnly, limit],
+     where (kind, id) > (?, ?)
+       and not (? and case when ? then trusting or kind = 'operator' else certified end)
+     order by kind, id limit ?`,
+    [...holderParameters(set), ...after, behindOnly, set.rotation === 'published', limit],
   )
 }
 

@@ -172,7 +172,7 @@ function demandReady(from: RotationStage, to: RotationStage, progress: RotationP
   }
   if (from === 'issuing' && to === 'retiring' && operatorsCertified < operators) {
     const who = `${operators - operatorsCertified} of ${operators} operators`
-    throw notReady(`${who} hold no certificate of the new authority yet (edgemesh operator renew)`)
+    throw notReady(`${who} hold no certificate of the new authority yet`)
   }
   if (from === 'published' && to === 'stable' && devicesCertified + operatorsCertified > 0) {
     const many = devicesCertified + operatorsCertified
@@ -181,8 +181,7 @@ function demandReady(from: RotationStage, to: RotationStage, progress: RotationP
 }
 
 function notReady(why: string): Fault {
-  const message = `${why}; wait, look who with edgemesh ca progress --behind, or leave them behind with --force`
-  return new Fault('FAILED_PRECONDITION', 'ROTATION_NOT_READY', message)
+  return new Fault('FAILED_PRECONDITION', 'ROTATION_NOT_READY', why)
 }
 
 function noWay(from: RotationStage, to: RotationStage): Fault {

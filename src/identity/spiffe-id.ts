@@ -30,6 +30,10 @@ export function isSafeId(id: string): boolean {
   return safeIdPattern.test(id)
 }
 
+/** The same for people, behind the name of a field. */
+export const safeIdRule =
+  'has to be of 1 to 64 characters of a-z, 0-9, ".", "_" and "-", the first and the last a letter or a digit'
+
 /** Whether `name` may be the trust domain of a SPIFFE ID. */
 export function isTrustDomain(name: string): boolean {
   return trustDomainPattern.test(name)

@@ -4,8 +4,8 @@
  * A token is in one of four states, and never comes back to `active`. Each key that has redeemed it has a redemption,
  * which outlives the token's own end: whoever lost an answer, or waits for an operator, has had his use already.
  */
-import { BlockList, isIP } from 'node:net'
-import { Fault } from '../fault.ts'
+import { Fault, invalidField } from '../fault.ts'
+import { networkList } from '../network.ts'
 import type { Description } from './description.ts'
 import type { EnrollmentToken, TokenRedemption } from './entities.ts'
 import { matchesIdPattern } from './id-pattern.ts'
@@ -76,9 +76,7 @@ export function demandUsable(token: Token, redemption: Redemption | undefined, n
     return
   }
   if (state === 'used-up' && token.usesMax === 1) {
-    const message =
-      'the enrollment token has been redeemed with another key; ' +
-      'if that was not this device, have an operator revoke the token and what it has enrolled'
+    const message = 'the enrollment token has been redeemed with another key'
     throw new Fault('PERMISSION_DENIED', 'TOKEN_OTHER_KEY', message)
   }
   if (state === 'used-up') {
@@ -103,7 +101,7 @@ function tokenExpired({ expiresAt }: Token): Fault {
  */
 export function demandFitting(token: Token, { id, type }: Description, address: string): void {
   const { sourceNetworks, deviceType, deviceId, deviceIdPattern } = token
-  if (sourceNetworks.length > 0 && !isWithin(address, sourceNetworks)) {
+  if (sourceNetworks.length > 0 && !networkList(sourceNetworks)(address)) {
     const message = `the enrollment token is not for devices that call from ${address}`
     throw new Fault('PERMISSION_DENIED', 'TOKEN_FOR_OTHER_NETWORK', message)
   }
@@ -114,9 +112,7 @@ export function demandFitting(token: Token, { id, type }: Description, address: 
   if (deviceIdPattern && !id) {
     // Whatever the server chose would be random, and so match by luck at best.
     const description = `has to be given: the enrollment token is for devices whose id matches ${deviceIdPattern}`
-    throw new Fault('INVALID_ARGUMENT', 'INVALID_FIELD', `device.id ${description}`, {
-      violations: [{ field: 'device.id', description }],
-    })
+    throw invalidField('device.id', description)
   }
   if ((deviceId && id && deviceId !== id) || (deviceIdPattern && !matchesIdPattern(deviceIdPattern, id))) {
     const whom = deviceId ? 'another device id' : `devices whose id matches ${deviceIdPattern}`
@@ -132,26 +128,4 @@ export function demandSameDevice({ deviceId }: Redemption, { id }: Description):
 
 function tokenForOtherDevice(message: string, deviceId: string): Fault {
   return new Fault('PERMISSION_DENIED', 'TOKEN_FOR_OTHER_DEVICE', message, { metadata: { device_id: deviceId } })
-}
-
-/** @param networks in CIDR notation, or single addresses */
-function isWithin(address: string, networks: readonly string[]): boolean {
-  // A link-local IPv6 address comes with the name of an interface, which is nobody's address.
-  const [plain = ''] = address.split('%')
-  const family = familyOf(plain)
-  if (!family) return false
-  const allowed = new BlockList()
-  for (const network of networks) {
-    const [of = '', length] = network.split('/')
-    // A BlockList takes every IPv4 address for an IPv6 one, too: ::/0 would let them all in.
-    if (familyOf(of) !== family) continue
-    if (length === undefined) allowed.addAddress(of, family)
-    else allowed.addSubnet(of, Number(length), family)
-  }
-  return allowed.check(plain, family)
-}
-
-function familyOf(address: string): 'ipv4' | 'ipv6' | undefined {
-  const version = isIP(address)
-  return version === 0 ? undefined : version === 4 ? 'ipv4' : 'ipv6'
 }

@@ -23,6 +23,8 @@ export type TrustBundleSource = {
 const listValidMs = 24 * 3_600_000
 const listReusedMs = 3_600_000
 
+const noList = Buffer.alloc(0)
+
 export function createTrustBundleSource(options: {
   db: Database
   authorities: { current(): AuthoritySet }
@@ -67,12 +69,11 @@ export function createTrustBundleSource(options: {
     return fresh.der
   }
 
-  function roots(): TrustBundle {
-    const { trusted, bundleId } = authorities.current()
+  function rootsOf({ trusted, bundleId }: AuthoritySet): TrustBundle {
     return {
       rootsPem: trusted.map(({ rootPem }) => rootPem),
       intermediatesPem: trusted.flatMap(({ intermediates, crosses }) => [...intermediates, ...crosses]),
-      crlDer: Buffer.alloc(0),
+      crlDer: noList,
       crlsDer: [],
       trustDomain,
       id: bundleId,
@@ -80,13 +81,14 @@ export function createTrustBundleSource(options: {
   }
 
   return {
-    roots,
+    roots: () => rootsOf(authorities.current()),
     async current() {
-      const bundle = roots()
-      // Who lacks the key of the other party of a rotation can't sign its list; those who have it hand it out.
-      const able = authorities.current().trusted.filter(({ issuer }) => issuer.privateKey !== undefined)
+      const set = authorities.current()
+      // Who lacks the key of an authority can't sign its list; those who have it hand it out.
+      const able = set.trusted.filter(({ issuer }) => issuer.privateKey !== undefined)
       const crlsDer = await Promise.all(able.map(listOf))
-      return { ...bundle, crlsDer, crlDer: crlsDer[0]! }
+      const [first] = crlsDer
+      return { ...rootsOf(set), crlsDer, crlDer: first && able[0] === set.issuing ? first : noList }
     },
     async revocationList(issuerKeyId) {
       const { trusted, issuing } = authorities.current()

@@ -8,9 +8,9 @@ import type pg from 'pg'
 import { RateLimiterMemory, RateLimiterRes } from 'rate-limiter-flexible'
 import type { Call } from '../caller.ts'
 import { Fault } from '../fault.ts'
+import { networkOf } from '../network.ts'
 import type { RateLimit } from '../settings.ts'
 import type { Log } from '../telemetry/log.ts'
-import { networkOf } from './address.ts'
 
 /**
  * @param name the setting, for the message

@@ -9,7 +9,7 @@ import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
 import { describeCertificate } from '../identity/certificates.ts'
-import { plainAddress } from './address.ts'
+import { plainAddress } from '../network.ts'
 
 export type Peer = {
   /** The client's IP address, also behind a trusted proxy. */

@@ -11,8 +11,8 @@ import { constants } from 'node:crypto'
 import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
 import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
+import { networkList, plainAddress } from '../network.ts'
 import type { Log } from '../telemetry/log.ts'
-import { addressList, plainAddress } from './address.ts'
 import { type IsIssuedByUs, type Peer, readPeer } from './peer.ts'
 import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
 
@@ -69,7 +69,7 @@ export async function openPort(options: {
     socket.on('close', () => sockets.delete(socket))
   })
 
-  const isTrustedProxy = addressList(options.trustedProxies)
+  const isTrustedProxy = networkList(options.trustedProxies)
   function acceptBehindProxies(socket: Socket): void {
     // A header of anybody else is the garbage that TLS takes it for.
     if (!isTrustedProxy(plainAddress(socket.remoteAddress ?? ''))) tls.emit('connection', socket)

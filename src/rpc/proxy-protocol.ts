@@ -6,7 +6,7 @@
  * of them: the specification forbids to guess whether there is a header.
  */
 import { isIPv4, isIPv6, type Socket, SocketAddress } from 'node:net'
-import { plainAddress } from './address.ts'
+import { plainAddress } from '../network.ts'
 
 export type ProxyHeader = {
   /** The client's IP address; undefined where the proxy speaks for itself or can't tell: the connection's own holds. */

@@ -110,6 +110,20 @@ test("a token's labels, type and device id are those of the device", async t => 
   t.is(device?.type, 3)
 })
 
+test('a device has no more labels than 32, those of its token included, and none that a terminal would obey', async t => {
+  const many = (prefix: string, count: number) =>
+    Object.fromEntries(Array.from({ length: count }, (_, at) => [`${prefix}${at}`, '']))
+  const token = await mesh().token({ labels: many('token', 20), usesMax: 3 })
+  const tooMany = await refused(mesh().enroll({ token, device: { labels: many('device', 13) } }))
+  t.deepEqual([tooMany.code, tooMany.fields], ['INVALID_ARGUMENT', ['device.labels']])
+  const hostile = await refused(mesh().enroll({ token, device: { labels: { site: '\u001b[31mred' } } }))
+  t.deepEqual([hostile.code, escape.fields], ['INVALID_ARGUMENT', ['device.labels.site']])
+  const colours = await refused(mesh().enroll({ token, device: { os: '\u001b[31mred' } }))
+  t.deepEqual(colours.fields, ['device.os'])
+  t.is(await usesOf(token), 0)
+  await mesh().enroll({ token, device: { labels: many('device', 12) } })
+})
+
 for (const [what, prepare, code, reason] of [
   [
     'an expired',

@@ -776,7 +776,10 @@ export interface RotateAuthorityResponse {
 export interface ListRotationProgressRequest {
   pageSize: number;
   pageToken: string;
-  /** Only those that are left behind: that do not hold a certificate of the new authority yet. */
+  /**
+   * Only those whom the next stage would leave behind: while the new root is published, devices that do not trust it yet;
+   * later, whoever has no certificate of the new authority.
+   */
   behindOnly: boolean;
 }
 

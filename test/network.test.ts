@@ -1,7 +1,7 @@
 import { SocketAddress } from 'node:net'
 import test from 'ava'
 import fc from 'fast-check'
-import { addressList, networkOf, plainAddress } from '../../src/rpc/address.ts'
+import { networkList, networkOf, plainAddress } from '../src/network.ts'
 
 test('an IPv4 address that arrives mapped into IPv6 is written as what it is', t => {
   t.is(plainAddress('::ffff:203.0.113.7'), '203.0.113.7')
@@ -41,9 +41,11 @@ test('IPv6 addresses count as one when their first 64 bits are equal, and only t
 })
 
 test('a list holds the addresses of its networks, in both families', t => {
-  const listed = addressList(['10.0.0.0/8', '192.0.2.1', 'fd00::/8', '2001:db8::7'])
+  const listed = networkList(['10.0.0.0/8', '192.0.2.1', 'fd00::/8', '2001:db8::7'])
   for (const address of ['10.1.2.3', '192.0.2.1', 'fd12::1', '2001:db8::7']) t.true(listed(address), address)
   for (const address of ['11.0.0.1', '192.0.2.2', '2001:db8::8', '::1', '']) t.false(listed(address), address)
-  t.true(addressList(['0.0.0.0/0'])('203.0.113.7'))
-  t.false(addressList([])('127.0.0.1'))
+  t.true(networkList(['0.0.0.0/0'])('203.0.113.7'))
+  t.false(networkList([])('127.0.0.1'))
+  t.true(networkList(['::/0'])('fe80::1%eth0'))
+  t.false(networkList(['::/0'])('203.0.113.7'), 'all of IPv6 is none of IPv4')
 })

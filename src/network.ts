@@ -1,5 +1,5 @@
-/** IP addresses: how they are written, which network they belong to, and which are listed. */
-import { BlockList, isIPv6 } from 'node:net'
+/** IP addresses and networks: how they are written, which network an address belongs to, which are listed. */
+import { BlockList, isIP, isIPv4, isIPv6 } from 'node:net'
 
 /** IPv4 addresses arrive mapped into IPv6 on a dual-stack socket. */
 export function plainAddress(address: string): string {
@@ -29,16 +29,29 @@ function groupsOf(part: string): number[] {
   })
 }
 
+/** CIDR notation (RFC 4632 section 3.1), or a single address. */
+export function isNetwork(text: string): boolean {
+  const [, address = '', length] = /^([0-9a-f.:]+)(?:\/(\d{1,3}))?$/i.exec(text) ?? []
+  const family = isIP(address)
+  return family !== 0 && Number(length ?? 0) <= (family === 4 ? 32 : 128)
+}
+
 /**
- * @param networks in CIDR notation, or single addresses, as the settings have checked them
- * @returns whether an address is in one of them
+ * @param networks as `isNetwork` lets them through
+ * @returns whether an address is in one of them; what is no address is in none
  */
-export function addressList(networks: readonly string[]): (address: string) => boolean {
-  const list = new BlockList()
+export function networkList(networks: readonly string[]): (address: string) => boolean {
+  // One list a family: a BlockList takes every IPv4 address for an IPv6 one, too, so ::/0 would let them all in.
+  const lists = { 4: new BlockList(), 6: new BlockList() }
   for (const network of networks) {
-    const [address = '', prefix] = network.split('/')
-    if (isIPv6(address)) list.addSubnet(address, Number(prefix ?? 128), 'ipv6')
-    else list.addSubnet(address, Number(prefix ?? 32), 'ipv4')
+    const [address = '', length] = network.split('/')
+    if (isIPv6(address)) lists[6].addSubnet(address, Number(length ?? 128), 'ipv6')
+    else lists[4].addSubnet(address, Number(length ?? 32), 'ipv4')
   }
-  return address => list.check(address, isIPv6(address) ? 'ipv6' : 'ipv4')
+  return address => {
+    // A link-local IPv6 address comes with the name of an interface, which is nobody's address.
+    const [plain = ''] = address.split('%')
+    if (isIPv4(plain)) return lists[4].check(plain, 'ipv4')
+    return isIPv6(plain) && lists[6].check(plain, 'ipv6')
+  }
 }
