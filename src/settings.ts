@@ -370,7 +370,7 @@ const VARIABLES = {
   }),
   CA_CERT_VALIDITY_DAYS: defaulted(wholeNumber(2, 36_500), '3650', {
     unit: 'days',
-    meaning: "validity of the root authority's certificate; longer than CERT_VALIDITY_DAYS",
+    meaning: 'validity of an authority that is made here, root and issuing CA; longer than CERT_VALIDITY_DAYS',
   }),
   TRUST_DOMAIN: defaulted(trustDomain, 'edgemesh.local', { meaning: 'the SPIFFE trust domain in every certificate' }),
   SERVER_NAMES: optional(serverNames, "localhost and the host's name", {
@@ -386,7 +386,9 @@ const VARIABLES = {
       'as distribution point',
   }),
   RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', {
-    meaning: 'enrollment attempts of one source address, and refused ones with one token, at all instances together',
+    meaning:
+      'enrollment attempts of one source address, and refused ones with one token, at all instances together; ' +
+      'twenty times as many of the other calls that need no certificate, at each instance',
   }),
   RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', { meaning: 'authorization requests of one device' }),
   RATE_LIMIT_HEALTH: defaulted(rateLimit, '10/minute', { meaning: 'heartbeats of one device' }),
@@ -406,7 +408,9 @@ const VARIABLES = {
   LOG_LEVEL: defaulted(logLevel, 'INFO', {
     meaning: 'TRACE, DEBUG, INFO, WARN, ERROR or FATAL; WARNING and CRITICAL are understood',
   }),
-  METRICS_PORT: defaulted(port, '9090', { meaning: 'HTTP port of /metrics, /healthz and /readyz; 0 takes a free one' }),
+  METRICS_PORT: defaulted(port, '9090', {
+    meaning: 'HTTP port of /metrics, /healthz, /readyz and /crl; 0 takes a free one',
+  }),
   METRICS_HOST: defaulted(text, '0.0.0.0', {
     meaning: 'address that METRICS_PORT listens on; Prometheus comes from another host, so keep the port inside',
   }),

@@ -235,7 +235,7 @@ export interface EnrollmentToken {
   createdAt:
     | Date
     | undefined;
-  /** The newest first, 100 at most. */
+  /** The newest first: 100 at most by GetEnrollmentToken, 10 in a list. */
   redemptions: TokenRedemption[];
   /** May be redeemed by any number of devices until it expires; uses_max is 0. */
   reusable: boolean;

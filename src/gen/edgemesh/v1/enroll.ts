@@ -41,7 +41,7 @@ export interface EnrollRequest {
   /** The token as the operator handed it out, beginning with "em1.". */
   token: string;
   /**
-   * PKCS#10 certificate signing request, DER or PEM, 8 KiB at most; P-256, P-384, Ed25519 or RSA of 2048 bits and more.
+   * PKCS#10 certificate signing request, DER or PEM, 8 KiB at most; P-256, P-384, Ed25519 or RSA of 2048 to 4096 bits.
    * It carries a challenge of GetChallenge. Only its public key is used; its subject and extensions are ignored.
    */
   csr: Buffer;
@@ -75,7 +75,7 @@ export interface Identity {
   deviceId: string;
   /** Such as "spiffe://edgemesh.local/device/alpha". */
   spiffeId: string;
-  /** Leaf first, then intermediates, PEM. */
+  /** Leaf first, then intermediates, PEM; while the authority is replaced also a certificate of its root by the other one. */
   certificateChainPem: string[];
   trustBundle: TrustBundle | undefined;
   notAfter:
@@ -1015,7 +1015,7 @@ export const EnrollServiceService = {
       Buffer.from(RenewCertificateResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): RenewCertificateResponse => RenewCertificateResponse.decode(value),
   },
-  /** Roots, intermediates and the revocation list. No client certificate is needed. */
+  /** Roots, intermediates and the revocation lists. No client certificate is needed. */
   getTrustBundle: {
     path: "/edgemesh.v1.EnrollService/GetTrustBundle" as const,
     requestStream: false as const,
@@ -1057,7 +1057,7 @@ export interface EnrollServiceServer extends UntypedServiceImplementation {
    * (FAILED_PRECONDITION RECOVERY_NEEDS_APPROVAL with RetryInfo). Too late: FAILED_PRECONDITION RECOVERY_WINDOW_OVER.
    */
   renewCertificate: handleUnaryCall<RenewCertificateRequest, RenewCertificateResponse>;
-  /** Roots, intermediates and the revocation list. No client certificate is needed. */
+  /** Roots, intermediates and the revocation lists. No client certificate is needed. */
   getTrustBundle: handleUnaryCall<GetTrustBundleRequest, GetTrustBundleResponse>;
 }
 
@@ -1122,7 +1122,7 @@ export interface EnrollServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: RenewCertificateResponse) => void,
   ): ClientUnaryCall;
-  /** Roots, intermediates and the revocation list. No client certificate is needed. */
+  /** Roots, intermediates and the revocation lists. No client certificate is needed. */
   getTrustBundle(
     request: GetTrustBundleRequest,
     callback: (error: ServiceError | null, response: GetTrustBundleResponse) => void,

@@ -162,7 +162,7 @@ export interface Reason {
 export interface TrustBundle {
   /** Root certificates, PEM. */
   rootsPem: string[];
-  /** Issuing certificates, PEM. */
+  /** Issuing certificates, and while the authority is replaced those of its roots by each other, PEM. */
   intermediatesPem: string[];
   /** Certificate revocation list of the authority that issues now, DER, as RFC 5280 has it. */
   crlDer: Buffer;
