@@ -47,7 +47,7 @@ import { createTrustBundleSource } from './identity/trust-bundle.ts'
 import { networkOf } from './network.ts'
 import { createDispatch } from './rpc/dispatch.ts'
 import { enforceStanding } from './rpc/enforcement.ts'
-import { anonymousLimit, rateLimit, sharedRateLimit, sweepRateLimits } from './rpc/limits.ts'
+import { openCallLimit, rateLimit, sharedRateLimit, sweepRateLimits } from './rpc/limits.ts'
 import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
 import type { Settings } from './settings.ts'
@@ -148,7 +148,14 @@ async function compose(
   const authorityOptions = authorityOptionsOf(settings, db, clock)
   const { authorities, created } = await keepAuthorities({ ...authorityOptions, feed, log })
   stops.push(authorities.stop)
-  const issuance = createIssuance({ db, authorities, trustDomain, crlUrl: settings.identity.crlUrl, clock })
+  const issuance = createIssuance({
+    db,
+    authorities,
+    trustDomain,
+    crlUrl: settings.identity.crlUrl,
+    caughtUp: feed.caughtUp,
+    clock,
+  })
   const trustBundle = createTrustBundleSource({ db, authorities, trustDomain, clock })
   const standing = createStanding({
     pool: db.pool,
@@ -304,9 +311,11 @@ async function compose(
     {
       enroll: createEnroll(enrollDeps),
       challenges,
-      limitAnonymous: anonymousLimit('RATE_LIMIT_ENROLLMENTS', enrollments),
+      limitOpenCalls: openCallLimit('RATE_LIMIT_ENROLLMENTS', enrollments),
       renewCertificate: createRenew({
         ...enrollDeps,
+        limitRenewals: rateLimit('RATE_LIMIT_ENROLLMENTS', enrollments),
+        demandIssuer: standing.demandIssuer,
         recovery: settings.identity.recovery,
         log,
         onRecovery: metrics.recovery,
@@ -324,7 +333,12 @@ async function compose(
           current: authorities.current,
           refresh: authorities.refresh,
           trustBundle: trustBundle.current,
-          rotation: createRotation({ ...authorityOptions, current: authorities.current }),
+          rotation: createRotation({
+            ...authorityOptions,
+            current: authorities.current,
+            recoveryMs: settings.identity.recovery.windowMs,
+          }),
+          recoveryMs: settings.identity.recovery.windowMs,
         },
         policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },
       }),
@@ -514,7 +528,14 @@ export async function openOffline(
         const { trustDomain, crlUrl } = settings.identity
         const { set } = await openMigrated()
         const authorities = { current: () => set }
-        const issuance = createIssuance({ db, authorities, trustDomain, crlUrl, clock: systemClock })
+        const issuance = createIssuance({
+          db,
+          authorities,
+          trustDomain,
+          crlUrl,
+          caughtUp: async () => {},
+          clock: systemClock,
+        })
         return issueOperator({ db, authorities, issuance }, request)
       },
     }

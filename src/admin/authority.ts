@@ -30,6 +30,8 @@ export type AuthorityDeps = {
   refresh(): Promise<void>
   trustBundle(): Promise<TrustBundle>
   rotation: Rotation
+  /** CERT_RECOVERY_DAYS, in ms. */
+  recoveryMs: number
 }
 
 const stages: Record<RotationStage, AuthorityRotationStage> = {
@@ -62,7 +64,7 @@ export function authorityHandlers({ db, authority }: { db: Database; authority: 
         rotationStage: stages[set.rotation],
         rootKeySha256: set.issuing.rootKeySha256,
         authorities: set.all.map(authorityMessage),
-        progress: set.other && (await rotationProgress(db.em(), set)),
+        progress: set.other && (await rotationProgress(db.em(), set, authority.recoveryMs)),
       }
     },
 
@@ -87,7 +89,9 @@ export function authorityHandlers({ db, authority }: { db: Database; authority: 
     ): Promise<ListRotationProgressResponse> {
       const { pageSize, pageToken: after, behindOnly } = check(progressRequest, request)
       call.audit.target = 'authority'
-      const found = await holderProgress(db.em(), authority.current(), { after, limit: pageSize + 1, behindOnly })
+      const { recoveryMs } = authority
+      const asked = { after, limit: pageSize + 1, behindOnly, recoveryMs }
+      const found = await holderProgress(db.em(), authority.current(), asked)
       const { rows, nextPageToken } = cutPage(found, pageSize, holder => [holder.kind, holder.id])
       return { holders: rows.map(row => holderMessage(row, authority.trustDomain)), nextPageToken }
     },

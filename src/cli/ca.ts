@@ -217,7 +217,7 @@ Examples:
     .action((options: ConnectionOptions & { out?: string }) =>
       withAdmin(options, async admin => {
         const { trustBundle } = await admin.call('getAuthority', {})
-        const lists = trustBundle?.crlsDer ?? []
+        const lists = trustBundle ? [trustBundle.crlDer, ...trustBundle.crlsDer].filter(der => der.length > 0) : []
         if (lists.length === 0) throw new CommandFailure('the server has sent no revocation list')
         const pem = lists.map(der => encodePem('X509 CRL', der)).join('')
         if (options.out) await writeWhole(options.out, pem, everyoneReads)

@@ -7,9 +7,9 @@
  * each request is good once (the unique index `certificates_csr`) nobody gets a certificate without holding its key now.
  *
  * A binding to the token instead would save a call, but a token may be good for a year, and renewals have none. A
- * challenge is the time at which it ends and a MAC over it: nothing is kept, and any instance knows those of the others.
+ * challenge is the time at which it ends, a nonce, and a MAC over both: nothing is kept, and any instance knows those of the others.
  */
-import { createHmac, timingSafeEqual } from 'node:crypto'
+import { createHmac, randomBytes, timingSafeEqual } from 'node:crypto'
 import type { Clock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { GetChallengeResponse } from '../gen/edgemesh/v1/enroll.ts'
@@ -27,22 +27,25 @@ export type Challenges = {
 /** Long enough for a slow device that makes an RSA key, short enough to count as now. */
 const validMs = 10 * 60_000
 const macBytes = 16
-const pattern = /^c1\.(\d{10,11})\.([0-9a-f]{32})$/
+/** Enough that no two challenges are the same: a key that asks twice must not sign the same request twice. */
+const nonceBytes = 8
+/** What is told of it: when it ends, and what sets it apart; and a MAC over that. */
+const pattern = /^c1\.((\d{10,11})\.[0-9a-f]{16})\.([0-9a-f]{32})$/
 
 /** @param secret ENROLLMENT_TOKEN_SECRET, which all instances share */
 export function createChallenges({ secret, clock }: { secret: string; clock: Clock }): Challenges {
   // A key of its own, so that no MAC of a token can pass for one of a challenge.
   const key = createHmac('sha256', secret).update('edgemesh certificate request challenge').digest()
-  const macOf = (expirySeconds: string) =>
-    createHmac('sha256', key).update(expirySeconds).digest().subarray(0, macBytes)
+  const macOf = (told: string) => createHmac('sha256', key).update(told).digest().subarray(0, macBytes)
 
   return {
     give() {
       const now = clock()
-      const expirySeconds = String(Math.floor((now + validMs) / 1_000))
+      const expirySeconds = Math.floor((now + validMs) / 1_000)
+      const told = `${expirySeconds}.${randomBytes(nonceBytes).toString('hex')}`
       return {
-        challenge: `c1.${expirySeconds}.${macOf(expirySeconds).toString('hex')}`,
-        expiresAt: new Date(Number(expirySeconds) * 1_000),
+        challenge: `c1.${told}.${macOf(told).toString('hex')}`,
+        expiresAt: new Date(expirySeconds * 1_000),
         serverTime: new Date(now),
       }
     },
@@ -50,8 +53,8 @@ export function createChallenges({ secret, clock }: { secret: string; clock: Clo
       if (challenge === undefined) {
         throw refusal('CSR_CHALLENGE_MISSING', 'has no challengePassword: put a challenge of GetChallenge into it')
       }
-      const [, expirySeconds = '', mac = ''] = pattern.exec(challenge) ?? []
-      if (!expirySeconds || !timingSafeEqual(Buffer.from(mac, 'hex'), macOf(expirySeconds))) {
+      const [, told = '', expirySeconds = '', mac = ''] = pattern.exec(challenge) ?? []
+      if (!told || !timingSafeEqual(Buffer.from(mac, 'hex'), macOf(told))) {
         throw refusal('CSR_CHALLENGE_UNKNOWN', 'has a challengePassword that is no challenge of this service')
       }
       if (Number(expirySeconds) * 1_000 <= clock()) {

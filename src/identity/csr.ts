@@ -22,7 +22,10 @@ export type CheckedCsr = {
   keyType: KeyType
   /** Its challengePassword (RFC 2985 section 5.4.1), not judged here: `challenge.ts` does. */
   challenge: string | undefined
-  /** SHA-256 of the request in DER, lower-case hex. */
+  /**
+   * SHA-256 of what the request has signed, lower-case hex: its name among the requests that have been used. Not of the whole,
+   * because of an ECDSA signature anybody can make a second one that is as good.
+   */
   sha256: string
 }
 
@@ -109,7 +112,7 @@ export function checkCsr(csr: Uint8Array): CheckedCsr {
     publicKeySha256: hash('sha256', checkedSpki, 'hex'),
     keyType,
     challenge: challengeOf(attributes),
-    sha256: hash('sha256', der, 'hex'),
+    sha256: hash('sha256', info.der, 'hex'),
   }
 }
 

@@ -66,16 +66,18 @@ export function createEnroll(deps: EnrollDeps) {
       // Step 5: Token, device, serial and audit event, all of it or nothing. A device that has to be approved comes to
       // be without a serial; when the operator has decided, the same is done again and finds what is still to do.
       const asked = { tokenId: id, key, description, call }
+      await deps.issuance.ready()
       let redeemed = await deps.redemptions.redeem(asked)
       while (redeemed.step === 'waits') {
         yield* pendingUntilDecided(deps, id, redeemed, call)
         call.audit.detail = { token: id }
+        await deps.issuance.ready()
         redeemed = await deps.redemptions.redeem(asked)
       }
 
       // Step 6: The certificate, for which everything has been on record since step 5.
       const certificate = await deps.issuance.sign(redeemed.reservation)
-      const identity = await identityOf(deps, redeemed.reservation.subject, certificate)
+      const identity = identityOf(deps, redeemed.reservation.subject, certificate)
       deps.onEnrollment('enrolled')
       yield { step: { $case: 'identity', value: identity }, serverTime: new Date(deps.clock()) }
     } catch (error) {
@@ -85,16 +87,16 @@ export function createEnroll(deps: EnrollDeps) {
 }
 
 /** What a device, or an operator, receives when a certificate was issued to it. */
-export async function identityOf(
+export function identityOf(
   deps: Pick<EnrollDeps, 'trustBundle' | 'trustDomain'>,
   { kind, id }: Subject,
   certificate: SignedCertificate,
-): Promise<Identity> {
+): Identity {
   return {
     deviceId: kind === 'device' ? id : '',
     spiffeId: formatSpiffeId({ trustDomain: deps.trustDomain, kind, id }),
     certificateChainPem: certificate.chainPem,
-    trustBundle: await deps.trustBundle.current(),
+    trustBundle: deps.trustBundle.roots(),
     notAfter: certificate.notAfter,
     renewAfter: certificate.renewAfter,
   }

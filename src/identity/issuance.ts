@@ -16,6 +16,11 @@ import { formatSpiffeId, type SpiffeKind } from './spiffe-id.ts'
 const backdateMs = 5 * 60_000
 
 export type Issuance = {
+  /**
+   * Resolves when it is known which authority issues now. To be awaited before a serial is prepared or reserved: an instance
+   * that has lost touch might sign by one that nobody trusts any more.
+   */
+  ready(): Promise<void>
   /** What would be reserved, for who writes it to `certificates` in a transaction of plain statements. */
   prepare(subject: Subject, key: CheckedCsr, validityMs: number): Reservation
   /** Reserves a serial in the transaction of `em`. A request that was used before makes it fail: see `csrReplayed`. */
@@ -56,6 +61,8 @@ export function createIssuance(options: {
   authorities: { current(): AuthoritySet }
   trustDomain: string
   crlUrl: string | undefined
+  /** Resolves when memory may be used; see `ChangeFeed.caughtUp`. */
+  caughtUp: () => Promise<void>
   clock: Clock
   /** 0 to 1, exclusive. */
   random?: () => number
@@ -80,6 +87,7 @@ export function createIssuance(options: {
   }
 
   return {
+    ready: options.caughtUp,
     prepare,
     reserve(em, subject, key, validityMs) {
       const reservation = prepare(subject, key, validityMs)

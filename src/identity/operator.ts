@@ -21,9 +21,6 @@ export async function issueOperator(
     if (isSafeId(operator[field])) continue
     throw invalidField(field, safeIdRule)
   }
-  if (!(operator.validityMs <= operatorValidityMsMax)) {
-    throw invalidField('validity', `has to be at most ${operatorValidityMsMax / 86_400_000} days`)
-  }
   const key = checkCsr(operator.csr)
   const subject = { kind: 'operator' as const, id: operator.name, role: operator.role }
   const reservation = await deps.db

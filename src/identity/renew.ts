@@ -18,6 +18,10 @@ import { comeBack, needsApproval, type Recovery } from './recovery.ts'
 import { demandStandingNow } from './standing.ts'
 
 export type RenewDeps = EnrollDeps & {
+  /** @throws Fault RESOURCE_EXHAUSTED when the holder renews too often */
+  limitRenewals: (holder: string) => Promise<void>
+  /** @throws Fault UNAUTHENTICATED CERTIFICATE_RETIRED when the caller's certificate was issued by who is trusted no more */
+  demandIssuer: (caller: Identified) => void
   recovery: Recovery
   log: Log
   /** A device has come back, or tried to: how, or the reason of its refusal. */
@@ -28,20 +32,25 @@ export function createRenew(deps: RenewDeps) {
   return async (request: RenewCertificateRequest, call: Call): Promise<RenewCertificateResponse> => {
     const { caller } = call
     if (caller.kind !== 'device' && caller.kind !== 'operator') throw new Error('services have no certificate to renew')
+    await deps.limitRenewals(caller.spiffeId)
     const key = checkCsr(request.csr)
     deps.challenges.demand(key)
+    await deps.issuance.ready()
+    // An expired certificate has been let in without: see `recovery.ts`.
+    deps.demandIssuer(caller)
     call.audit.target = `${caller.kind}/${caller.id}`
     const hasExpired = caller.notAfter <= call.startedAt
     const renew = caller.kind === 'operator' ? renewOperator : hasExpired ? recoverDevice : renewDevice
     const reservation = await renew(deps, caller, key, call)
     const certificate = await deps.issuance.sign(reservation)
-    return { identity: await identityOf(deps, reservation.subject, certificate), serverTime: new Date(deps.clock()) }
+    return { identity: identityOf(deps, reservation.subject, certificate), serverTime: new Date(deps.clock()) }
   }
 }
 
 function renewDevice(deps: RenewDeps, device: Identified, key: CheckedCsr, call: Call): Promise<Reservation> {
   return reserving(deps, async em => {
     await demandStandingNow(em, device)
+    await demandFewCertificates(em, device, deps.clock())
     return recorded(em, call, deps.issuance.reserve(em, { kind: 'device', id: device.id }, key, deps.certValidityMs))
   })
 }
@@ -52,6 +61,7 @@ function renewOperator(deps: RenewDeps, operator: Identified, key: CheckedCsr, c
   const validityMs = Math.min(validityMsOf(operator), operatorValidityMsMax)
   return reserving(deps, async em => {
     await demandStandingNow(em, operator)
+    await demandFewCertificates(em, operator, deps.clock())
     const subject = { kind: 'operator' as const, id, role: role || undefined }
     return recorded(em, call, deps.issuance.reserve(em, subject, key, validityMs))
   })
@@ -85,6 +95,22 @@ async function recoverDevice(deps: RenewDeps, device: Identified, key: CheckedCs
   note(back.outcome, goesOnWaiting ? 'debug' : 'warn')
   if (!reservation) throw needsApproval(id)
   return reservation
+}
+
+/**
+ * A device needs two at a time, and a few more while authorities change. All that a holder has are read whenever one of them
+ * is looked at, so whoever renews without end must come to one.
+ */
+const certificatesMax = 64
+
+async function demandFewCertificates(em: EntityManager, { kind, id }: Identified, nowMs: number): Promise<void> {
+  const [{ count } = { count: 0 }] = await em.execute<{ count: number }[]>(
+    'select count(*)::int as count from certificates where subject_kind = ? and subject_id = ? and not_after > ?',
+    [kind, id, new Date(nowMs)],
+  )
+  if (count < certificatesMax) return
+  const message = `${kind} ${id} holds ${count} certificates that have not expired; use one of them`
+  throw new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CERTIFICATES', message)
 }
 
 /** One transaction, in which a serial is reserved. */

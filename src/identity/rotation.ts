@@ -50,6 +50,8 @@ export type Rotation = {
 export function createRotation(
   options: Pick<AuthorityOptions, 'trustDomain' | 'validityDays' | 'passphrase' | 'clock'> & {
     current: () => AuthoritySet
+    /** CERT_RECOVERY_DAYS, in ms. */
+    recoveryMs: number
   },
 ): Rotation {
   const { passphrase, trustDomain, clock } = options
@@ -67,8 +69,9 @@ export function createRotation(
       // Step 2. There is a way, and nobody is left behind on it.
       const { on, back } = ways[set.rotation]
       if (to !== on && to !== back) throw noWay(set.rotation, to)
-      const progress = set.other && (await rotationProgress(em, set))
+      const progress = set.other && (await rotationProgress(em, set, options.recoveryMs))
       if (!force && progress) demandReady(set.rotation, to, progress)
+      if (to === 'issuing' || to === 'published') demandKey(set)
 
       // Step 3. Take it.
       const row = (generation: Generation | undefined) => rows.find(({ id }) => id === generation?.generation)!
@@ -174,10 +177,19 @@ function demandReady(from: RotationStage, to: RotationStage, progress: RotationP
     const who = `${operators - operatorsCertified} of ${operators} operators`
     throw notReady(`${who} hold no certificate of the new authority yet`)
   }
-  if (from === 'published' && to === 'stable' && devicesCertified + operatorsCertified > 0) {
-    const many = devicesCertified + operatorsCertified
-    throw notReady(`${many} devices and operators hold certificates of the authority that would be forgotten`)
+  if (from === 'published' && to === 'stable' && progress.dependent > 0) {
+    throw notReady(
+      `${progress.dependent} devices and operators hold certificates of the authority that would be forgotten`,
+    )
   }
+}
+
+/** Nobody would be let in or renewed by an instance that lacks the key; this one stands for all. */
+function demandKey({ rotation, other }: AuthoritySet): void {
+  if (rotation === 'stable' || rotation === 'retiring' || other?.issuer.privateKey !== undefined) return
+  throw notReady(
+    `the key of authority ${other?.generation} is not on this instance: give CA_KEY_FILE to every instance`,
+  )
 }
 
 function notReady(why: string): Fault {

@@ -14,6 +14,8 @@ import type { RevocationReason } from './crl.ts'
 export type Standing = {
   /** @throws Fault UNAUTHENTICATED that says what was revoked; UNAVAILABLE when that can't be known now */
   demand(caller: Identified): Promise<void>
+  /** @throws Fault UNAUTHENTICATED CERTIFICATE_RETIRED unless the authority that issued the certificate is trusted */
+  demandIssuer(caller: Pick<Identified, 'issuerKeyId'>): void
 }
 
 /** Holders kept in memory, a few hundred bytes each. */
@@ -65,10 +67,15 @@ export function createStanding(options: {
     }
   }
 
+  function demandIssuer({ issuerKeyId }: Pick<Identified, 'issuerKeyId'>): void {
+    if (!isTrusted(issuerKeyId)) throw certificateRetired()
+  }
+
   return {
+    demandIssuer,
     async demand({ kind, id, serial, issuerKeyId }) {
       if (!feed.isLive()) await feed.caughtUp()
-      if (!isTrusted(issuerKeyId)) throw certificateRetired()
+      demandIssuer({ issuerKeyId })
       const kept = holders[kind] as NonNullable<(typeof holders)[string]>
       let { value: holder } = await kept.get(id)
       if (!holder.certificates.has(serial)) {

@@ -7,7 +7,7 @@ import type { RevocationReason } from './crl.ts'
 
 export type TrustBundleSource = {
   current(): Promise<TrustBundle>
-  /** The same without its revocation lists, which with many revocations are megabytes: to be pushed to a whole fleet. */
+  /** The same without its revocation lists, which with many revocations are megabytes: what every device is given. */
   roots(): TrustBundle
   /**
    * The revocation list of one authority that is trusted, in DER.
@@ -86,9 +86,10 @@ export function createTrustBundleSource(options: {
       const set = authorities.current()
       // Who lacks the key of an authority can't sign its list; those who have it hand it out.
       const able = set.trusted.filter(({ issuer }) => issuer.privateKey !== undefined)
-      const crlsDer = await Promise.all(able.map(listOf))
-      const [first] = crlsDer
-      return { ...rootsOf(set), crlsDer, crlDer: first && able[0] === set.issuing ? first : noList }
+      const lists = new Map(await Promise.all(able.map(async one => [one, await listOf(one)] as const)))
+      const crlDer = lists.get(set.issuing) ?? noList
+      lists.delete(set.issuing)
+      return { ...rootsOf(set), crlDer, crlsDer: [...lists.values()] }
     },
     async revocationList(issuerKeyId) {
       const { trusted, issuing } = authorities.current()

@@ -30,24 +30,24 @@ export function rateLimit(name: string, limit: RateLimit) {
 }
 
 /** An enrollment takes one call of a kind; devices that lose answers, and several behind one address, make more. */
-const anonymousCallsPerEnrollment = 20
+const openCallsPerEnrollment = 20
 /** What has been counted is forgotten before it is much: a day's addresses of a flood would be gigabytes. */
-const anonymousWindowSecondsMax = 60
+const openCallWindowSecondsMax = 60
 
 /**
- * For what anyone may call beside Enroll: each call is cheap, but a flood of them is signatures and audit events without
- * end. Counts those without a certificate, by source address, in this instance.
+ * For what anyone may call beside Enroll: each call is cheap, but a flood of them is signatures, megabytes of revocation
+ * lists and audit events without end. Counts in this instance, by source address; those who have shown a certificate by
+ * that, whether it still stands or not.
  *
  * @param name the setting that bounds enrollments
  */
-export function anonymousLimit(name: string, { count, windowSeconds }: RateLimit) {
-  const limit = rateLimit(`${anonymousCallsPerEnrollment} times ${name}`, {
-    count: count * anonymousCallsPerEnrollment,
-    windowSeconds: Math.min(windowSeconds, anonymousWindowSecondsMax),
+export function openCallLimit(name: string, { count, windowSeconds }: RateLimit) {
+  const limit = rateLimit(`${openCallsPerEnrollment} times ${name}`, {
+    count: count * openCallsPerEnrollment,
+    windowSeconds: Math.min(windowSeconds, openCallWindowSecondsMax),
   })
-  return async ({ caller, address }: Call): Promise<void> => {
-    if (caller.kind === 'anonymous') await limit(networkOf(address))
-  }
+  return ({ caller, address }: Call): Promise<void> =>
+    limit(caller.kind === 'anonymous' ? networkOf(address) : caller.spiffeId)
 }
 
 function rateLimited(name: string, { count, windowSeconds }: RateLimit, retryAfterMs: number): Fault {

@@ -82,6 +82,10 @@ export async function openPort(options: {
       const header = await takeProxyHeader(socket)
       if (!header) return
       options.onProxyHeader('read')
+      if (clientAddresses.has(key) || peers.has(key)) {
+        socket.destroy()
+        return
+      }
       if (header.clientAddress) {
         clientAddresses.set(key, header.clientAddress)
         socket.on('close', () => clientAddresses.delete(key))
@@ -100,6 +104,13 @@ export async function openPort(options: {
 
   tls.on('secureConnection', socket => {
     const key = keyOf(socket)
+    if (peers.has(key)) {
+      // Two of our addresses may be called from the same address and port. A call names its connection by these alone,
+      // so the second would have the first one's identity.
+      log.warn({ address: key }, 'a second connection from the same address and port is refused')
+      socket.destroy()
+      return
+    }
     let peer: Peer
     try {
       peer = readPeer(socket, trustDomain, options.isIssuedByUs, clientAddresses.get(key))

@@ -22,7 +22,7 @@ export type Handlers = {
   enroll: ReturnType<typeof createEnroll>
   challenges: Challenges
   /** For calls that anyone may make. @throws Fault RESOURCE_EXHAUSTED when an address makes them too often */
-  limitAnonymous: (call: Call) => Promise<void>
+  limitOpenCalls: (call: Call) => Promise<void>
   renewCertificate: ReturnType<typeof createRenew>
   trustBundle: TrustBundleSource
   heartbeats: Heartbeats
@@ -45,7 +45,7 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
         kind: 'unary',
         access: 'anyone',
         async handle(_request, call) {
-          await handlers.limitAnonymous(call)
+          await handlers.limitOpenCalls(call)
           return handlers.challenges.give()
         },
       },
@@ -59,7 +59,7 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
         kind: 'unary',
         access: 'anyone',
         async handle(_request, call) {
-          await handlers.limitAnonymous(call)
+          await handlers.limitOpenCalls(call)
           return { trustBundle: await handlers.trustBundle.current(), serverTime: new Date(clock()) }
         },
       },

@@ -29,6 +29,7 @@ export const authority: AdminDeps['authority'] = {
   trustDomain: 'test',
   current: () => authoritySet([issuing]),
   refresh: async () => {},
+  recoveryMs: 0,
   rotation: { to: () => Promise.reject(new Error('no test of these rotates')) },
   trustBundle: async () => ({
     rootsPem: ['root'],

@@ -40,6 +40,7 @@ function scene(deps: Partial<EnrollDeps>) {
     limit: async () => {},
     limitToken: async () => {},
     onEnrollment: outcome => outcomes.push(outcome),
+    issuance: { ready: async () => {} } as EnrollDeps['issuance'],
     ...deps,
     redemptions: { token: async () => stored, ...deps.redemptions },
   } as EnrollDeps)

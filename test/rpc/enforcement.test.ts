@@ -34,6 +34,7 @@ function enforcement(t: ExecutionContext) {
   /** Why a certificate is refused, by its serial. */
   const refusals = new Map<string, Fault>()
   const standing: Standing = {
+    demandIssuer: () => {},
     async demand({ serial }) {
       asked.push(serial)
       const refusal = refusals.get(serial)

@@ -117,7 +117,7 @@ test('a device has no more labels than 32, those of its token included, and none
   const tooMany = await refused(mesh().enroll({ token, device: { labels: many('device', 13) } }))
   t.deepEqual([tooMany.code, tooMany.fields], ['INVALID_ARGUMENT', ['device.labels']])
   const hostile = await refused(mesh().enroll({ token, device: { labels: { site: '\u001b[31mred' } } }))
-  t.deepEqual([hostile.code, escape.fields], ['INVALID_ARGUMENT', ['device.labels.site']])
+  t.deepEqual([hostile.code, hostile.fields], ['INVALID_ARGUMENT', ['device.labels.site']])
   const colours = await refused(mesh().enroll({ token, device: { os: '\u001b[31mred' } }))
   t.deepEqual(colours.fields, ['device.os'])
   t.is(await usesOf(token), 0)

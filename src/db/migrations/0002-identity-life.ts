@@ -64,7 +64,18 @@ export class IdentityLife extends Migration {
         drop column issuer_key_id,
         drop column clock_offset_ms`)
     this.addSql('drop index authorities_issuing')
-    this.addSql('delete from authorities where id <> 1')
+    // The version before knows one authority, the row with id 1; it must be the one whose certificates are about.
+    this.addSql(`
+      do $$ begin
+        if exists (select from authorities where stage in ('trusted', 'retired')) then
+          raise exception 'the certificate authority is being replaced: finish that, or take it back, with edgemesh ca rotate';
+        end if;
+        if exists (select from authorities where stage = 'issuing' and intermediate_key_pem is null) then
+          raise exception 'the key of the certificate authority is in CA_KEY_FILE, which the version before does not know';
+        end if;
+      end $$`)
+    this.addSql(`delete from authorities where stage <> 'issuing'`)
+    this.addSql('update authorities set id = 1')
     this.addSql(`
       alter table authorities
         drop column stage,

@@ -31,7 +31,7 @@ export interface GetChallengeRequest {
 }
 
 export interface GetChallengeResponse {
-  /** ASCII text. Good for any number of requests until it expires; each request is good once. */
+  /** ASCII text. Good until it expires, for one request of a key: what has been signed is good once. */
   challenge: string;
   expiresAt: Date | undefined;
   serverTime: Date | undefined;
@@ -77,6 +77,7 @@ export interface Identity {
   spiffeId: string;
   /** Leaf first, then intermediates, PEM; while the authority is replaced also a certificate of its root by the other one. */
   certificateChainPem: string[];
+  /** Without revocation lists: GetTrustBundle has them. */
   trustBundle: TrustBundle | undefined;
   notAfter:
     | Date

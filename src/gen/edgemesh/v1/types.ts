@@ -168,7 +168,7 @@ export interface TrustBundle {
   crlDer: Buffer;
   /** The SPIFFE trust domain. */
   trustDomain: string;
-  /** The lists of all authorities that are trusted, the one that issues now first. */
+  /** The lists of the other authorities that are trusted, while the authority is replaced. */
   crlsDer: Buffer[];
   /** Names the set of roots: the same for the same roots. A device reports it with its heartbeats. */
   id: string;
