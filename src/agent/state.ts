@@ -7,55 +7,49 @@
  *     ca.crt          the roots that are trusted
  *     identity.json   who the device is, when to renew, and the names of its token and of its trust bundle
  *
- * Each file is replaced as a whole, and is on the disk before the next is touched. Key and certificate have to change
- * together, though they are two files: the new key waits under another name, the certificate's rename decides, and
- * only then does the key take its place. Whatever the moment of a crash, `loadState` finds one pair that fits.
+ * Each file is replaced as a whole, and is on the disk before the next is touched; key and certificate change together
+ * (`credential-files.ts`). Whatever the moment of a crash, `loadState` finds one pair that fits.
  */
 import { createPrivateKey, X509Certificate } from 'node:crypto'
-import { chmod, mkdir, open, readFile, rename, rm } from 'node:fs/promises'
+import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
+import { belongTogether, loadKeyPair, saveKeyPair } from '../credential-files.ts'
 import { Fault } from '../fault.ts'
+import { everyoneReads, ownerOnly, readIfThere, writeWhole } from '../whole-file.ts'
 import { createKey } from './csr.ts'
 import type { DeviceCredentials } from './enroll.ts'
 
-const keyFile = 'device.key'
-const newKeyFile = 'device.key.new'
-const certificateFile = 'device.crt'
+const pairFiles = { key: 'device.key', newKey: 'device.key.new', certificate: 'device.crt' }
 const rootsFile = 'ca.crt'
 const identityFile = 'identity.json'
 
 const folderMode = 0o700
-const secretMode = 0o600
-const publicMode = 0o644
 
 /** What the device is, or nothing if it has not been enrolled. @throws Fault FAILED_PRECONDITION STATE_BROKEN */
 export async function loadState(directory: string): Promise<DeviceCredentials | undefined> {
-  const [keyPem, newKeyPem, certificateChainPem, rootsPem, identity] = await Promise.all(
-    [keyFile, newKeyFile, certificateFile, rootsFile, identityFile].map(name => readIfThere(join(directory, name))),
-  )
+  const [pair, rootsPem, identity] = await Promise.all([
+    loadKeyPair(directory, pairFiles),
+    readIfThere(join(directory, rootsFile)),
+    readIfThere(join(directory, identityFile)),
+  ])
   // The certificate is the last of the files that a first enrollment needs, so without it there was none.
-  if (certificateChainPem === undefined) return undefined
+  if (!pair) return undefined
   if (rootsPem === undefined || identity === undefined) throw broken(directory, 'files are missing')
-  const leaf = readOr(directory, certificateFile, () => new X509Certificate(certificateChainPem))
-  const fits = (pem: string | undefined): pem is string => pem !== undefined && isKeyOf(leaf, pem)
+  const leaf = readOr(directory, pairFiles.certificate, () => new X509Certificate(pair.certificatePem))
   const known = readOr(directory, identityFile, () => readIdentity(identity))
-  const rest = { ...known, certificateChainPem, rootsPem, notAfter: leaf.validToDate }
-  if (fits(keyPem)) return { ...rest, keyPem }
-  if (!fits(newKeyPem)) throw broken(directory, `${keyFile} is not the key of ${certificateFile}`)
-  // A crash came between the two renames: the second is made up for.
-  await replaceKey(directory)
-  return { ...rest, keyPem: newKeyPem }
+  if (!belongTogether(pair)) throw broken(directory, `${pairFiles.key} is not the key of ${pairFiles.certificate}`)
+  const { keyPem, certificatePem } = pair
+  return { ...known, keyPem, certificateChainPem: certificatePem, rootsPem, notAfter: leaf.validToDate }
 }
 
 /** Keeps what a device has become, by its enrollment or by a renewal. Makes the folder if it is not there. */
 export async function saveState(directory: string, credentials: DeviceCredentials): Promise<void> {
   await makeFolder(directory)
-  await replaceFile(directory, newKeyFile, credentials.keyPem, secretMode)
   // The roots and the identity fit the old certificate too: roots are only added before the old ones are of no more
   // use, and a later `renewAfter` than the old certificate's is put right by the server, which asks for the renewal.
   await saveTrust(directory, credentials)
-  await replaceFile(directory, certificateFile, credentials.certificateChainPem, publicMode)
-  await replaceKey(directory)
+  const { keyPem, certificateChainPem } = credentials
+  await saveKeyPair(directory, pairFiles, { keyPem, certificatePem: certificateChainPem })
 }
 
 /** Keeps whom a device trusts since its trust bundle has changed. */
@@ -63,8 +57,8 @@ export async function saveTrust(directory: string, credentials: DeviceCredential
   const { deviceId, spiffeId, notAfter, renewAfter, tokenId, trustBundleId } = credentials
   const identity = JSON.stringify({ deviceId, spiffeId, notAfter, renewAfter, tokenId, trustBundleId }, null, 2)
   // The roots go first: the name of the bundle is told to the server, and must not promise what is not there.
-  await replaceFile(directory, rootsFile, credentials.rootsPem, publicMode)
-  await replaceFile(directory, identityFile, `${identity}\n`, publicMode)
+  await writeWhole(join(directory, rootsFile), credentials.rootsPem, everyoneReads)
+  await writeWhole(join(directory, identityFile), `${identity}\n`, everyoneReads)
 }
 
 /**
@@ -72,9 +66,9 @@ export async function saveTrust(directory: string, credentials: DeviceCredential
  * answer asks again with the same key, and is given the same identity instead of a second use of the token.
  */
 export async function keyForEnrollment(directory: string): Promise<string> {
-  const kept = await readIfThere(join(directory, keyFile))
-  if (kept === undefined) return keepNewKey(directory, keyFile)
-  readOr(directory, keyFile, () => createPrivateKey(kept))
+  const kept = await readIfThere(join(directory, pairFiles.key))
+  if (kept === undefined) return keepNewKey(directory, pairFiles.key)
+  readOr(directory, pairFiles.key, () => createPrivateKey(kept))
   return kept
 }
 
@@ -83,15 +77,15 @@ export async function keyForEnrollment(directory: string): Promise<string> {
  * expired is let in once, and asks again with the same key where it has lost the answer.
  */
 export async function keyForRenewal(directory: string): Promise<string> {
-  const kept = await readIfThere(join(directory, newKeyFile))
+  const kept = await readIfThere(join(directory, pairFiles.newKey))
   // Nothing rests on it yet, so what can't be read is replaced.
-  return kept !== undefined && isKey(kept) ? kept : keepNewKey(directory, newKeyFile)
+  return kept !== undefined && isKey(kept) ? kept : keepNewKey(directory, pairFiles.newKey)
 }
 
 async function keepNewKey(directory: string, name: string): Promise<string> {
   const keyPem = createKey()
   await makeFolder(directory)
-  await replaceFile(directory, name, keyPem, secretMode)
+  await writeWhole(join(directory, name), keyPem, ownerOnly)
   return keyPem
 }
 
@@ -99,61 +93,9 @@ async function makeFolder(directory: string): Promise<void> {
   await mkdir(directory, { recursive: true, mode: folderMode })
 }
 
-/** Readers see the old file or the new one; once this resolves, a power cut leaves the new one. */
-async function replaceFile(directory: string, name: string, text: string, mode: number): Promise<void> {
-  const path = join(directory, name)
-  const temporary = `${path}.${process.pid}.tmp`
-  const file = await open(temporary, 'w', mode)
-  try {
-    // The mode at opening is narrowed by the umask, and ignored where a crash has left the file behind.
-    await chmod(temporary, mode)
-    await file.writeFile(text)
-    await file.sync()
-  } catch (error) {
-    await rm(temporary, { force: true })
-    throw error
-  } finally {
-    await file.close()
-  }
-  await rename(temporary, path)
-  await syncFolder(directory)
-}
-
-async function replaceKey(directory: string): Promise<void> {
-  await rename(join(directory, newKeyFile), join(directory, keyFile))
-  await syncFolder(directory)
-}
-
-/** A rename is durable when the folder is. */
-async function syncFolder(directory: string): Promise<void> {
-  const folder = await open(directory, 'r')
-  try {
-    await folder.sync()
-  } finally {
-    await folder.close()
-  }
-}
-
-async function readIfThere(path: string): Promise<string | undefined> {
-  try {
-    return await readFile(path, 'utf8')
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined
-    throw error
-  }
-}
-
 function isKey(pem: string): boolean {
   try {
     return createPrivateKey(pem).type === 'private'
-  } catch {
-    return false
-  }
-}
-
-function isKeyOf(certificate: X509Certificate, keyPem: string): boolean {
-  try {
-    return certificate.checkPrivateKey(createPrivateKey(keyPem))
   } catch {
     return false
   }

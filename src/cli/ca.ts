@@ -12,13 +12,13 @@ import {
 import { encodePem } from '../identity/pem.ts'
 import { readSettings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
+import { everyoneReads, writeWhole } from '../whole-file.ts'
 import { type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'
 import { valueFor, wordFor, wordsOf } from './enum-words.ts'
 import { CommandFailure } from './failure.ts'
 import { type ListOptions, listing, printList } from './listing.ts'
 import { withSecretsIfKept } from './local-secrets.ts'
 import { renderFacts, renderTable } from './table.ts'
-import { everyoneReads, writeWhole } from './whole-file.ts'
 
 export function caCommand(): Command {
   return new Command('ca')

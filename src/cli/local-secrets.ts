@@ -5,8 +5,8 @@
 import { randomBytes } from 'node:crypto'
 import { join } from 'node:path'
 import { z } from 'zod'
+import { ownerOnly, readIfThere, writeOnce } from '../whole-file.ts'
 import { CommandFailure } from './failure.ts'
-import { ownerOnly, readIfThere, writeOnce } from './whole-file.ts'
 
 export type Environment = Readonly<Record<string, string | undefined>>
 

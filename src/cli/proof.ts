@@ -12,9 +12,9 @@ import { enrollDevice } from '../agent/enroll.ts'
 import { openHeartbeats } from '../agent/heartbeat-stream.ts'
 import { ServiceStatus, UserStatus } from '../gen/edgemesh/v1/admin.ts'
 import { DeviceStatus, DeviceType, type Reason } from '../gen/edgemesh/v1/types.ts'
+import { ownerOnly, readIfThere, writeOnce } from '../whole-file.ts'
 import { type AdminClient, openAdminClient } from './admin-client.ts'
 import { CommandFailure } from './failure.ts'
-import { ownerOnly, readIfThere, writeOnce } from './whole-file.ts'
 
 export type Proven<T> = {
   value: T

@@ -10,15 +10,21 @@ import { dirname } from 'node:path'
 export const ownerOnly = 0o600
 export const everyoneReads = 0o644
 
-/** Replaces what is there. */
+/** Replaces what is there: readers see the old file or the new one; once this resolves, a power cut leaves the new one. */
 export async function writeWhole(path: string, content: string, mode: number): Promise<void> {
   const draft = await writeDraft(path, content, mode)
-  await moveWhole(draft, path)
+  try {
+    await moveWhole(draft, path)
+  } catch (error) {
+    await rm(draft, { force: true })
+    throw error
+  }
 }
 
 /** Gives a file another name, in place of what has that name. */
 export async function moveWhole(from: string, to: string): Promise<void> {
   await rename(from, to)
+  // A rename is durable when the folder is.
   const folder = await open(dirname(to), 'r')
   try {
     await folder.sync()
@@ -60,8 +66,13 @@ async function writeDraft(path: string, content: string, mode: number): Promise<
   const draft = `${path}.${randomBytes(6).toString('hex')}.tmp`
   const file = await open(draft, 'wx', mode)
   try {
+    // The umask has narrowed the mode.
+    await file.chmod(mode)
     await file.writeFile(content)
     await file.sync()
+  } catch (error) {
+    await rm(draft, { force: true })
+    throw error
   } finally {
     await file.close()
   }
