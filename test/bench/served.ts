@@ -2,13 +2,9 @@
 import { fork } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
-import { mkdtemp, rm } from 'node:fs/promises'
 import type { Profiler } from 'node:inspector'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import pg from 'pg'
-import { startEmbeddedPostgres } from '../../src/db/embedded.ts'
-import { createLog } from '../../src/telemetry/log.ts'
+import { administer, databaseUrl, givenServerUrl, type Server, startEmbedded } from '../support/postgres-server.ts'
 
 export type Question = { ask: 'operator'; csr: Uint8Array } | { ask: 'cpu' } | { ask: 'profile' } | { ask: 'profiled' }
 
@@ -131,28 +127,13 @@ export async function startServed(env: Record<string, string> = {}): Promise<Ser
 }
 
 /** On the server at DATABASE_URL or EDGEMESH_TEST_POSTGRES a database of its own; else an embedded server. */
-async function startDatabase(): Promise<{ url: string; stop(): Promise<void> }> {
-  const given = process.env.DATABASE_URL ?? process.env.EDGEMESH_TEST_POSTGRES
-  if (given === undefined) {
-    const directory = await mkdtemp(join(tmpdir(), 'edgemesh-bench-'))
-    const embedded = await startEmbeddedPostgres({ directory, log: createLog({ level: 'error' }) })
-    return {
-      url: embedded.url,
-      async stop() {
-        await embedded.stop()
-        await rm(directory, { recursive: true, force: true })
-      },
-    }
-  }
-  const url = new URL(given.replace(/^postgresql\+asyncpg:/, 'postgresql:'))
-  const administer = async (statement: string) => {
-    const client = new pg.Client({ connectionString: url.href })
-    await client.connect()
-    await client.query(statement).finally(() => client.end())
-  }
+async function startDatabase(): Promise<Server> {
+  const given = givenServerUrl()
+  if (!given) return startEmbedded('bench', 'error')
   const name = `edgemesh_bench_${randomBytes(8).toString('hex')}`
-  await administer(`create database ${name}`)
-  const own = new URL(url)
-  own.pathname = `/${name}`
-  return { url: own.href, stop: () => administer(`drop database ${name} with (force)`) }
+  await administer(given, `create database ${name}`)
+  return {
+    url: databaseUrl(given, name),
+    stop: () => administer(given, `drop database ${name} with (force)`),
+  }
 }

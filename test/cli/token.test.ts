@@ -3,8 +3,9 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { saveCredentials } from '../../src/cli/operator-credentials.ts'
-import { newKey, refused, shared, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { refused, shared, startEdgeMesh, tokenIdOf, unary } from '../support/edgemesh.ts'
 
 type Outcome = { exitCode: number; stdout: string; stderr: string }
 
@@ -27,8 +28,6 @@ const scene = shared(test, async file => {
   return { mesh, edgemesh }
 })
 
-const idOf = (text: string) => text.split('.')[1] as string
-
 test('a token with everything on it is made, used, listed and shown', async t => {
   const { mesh, edgemesh } = scene()
   const made = await edgemesh(
@@ -48,9 +47,9 @@ test('a token with everything on it is made, used, listed and shown', async t =>
   )
   t.is(made.exitCode, 0, made.stderr)
   const token = made.stdout.trim()
-  const id = idOf(token)
+  const id = tokenIdOf(token)
   t.regex(made.stderr, new RegExp(`^note: token ${id}, good for any number of uses until \\d{4}-`))
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh.enroll({ token, keyPem, device: { id: 'press-1', type: 3 } })
   await mesh.enroll({ token, device: { id: 'press-2', type: 3 } })
 
@@ -91,30 +90,34 @@ test('a token that takes approval says so', async t => {
   const made = await edgemesh('create', '--approval', '--device', 'press-3')
   t.is(made.exitCode, 0, made.stderr)
   t.regex(made.stderr, /good for one use until \S+; what it enrolls waits for approval$/m)
-  t.regex((await edgemesh('show', idOf(made.stdout.trim()))).stdout, /^approval +required$/m)
+  t.regex((await edgemesh('show', tokenIdOf(made.stdout.trim()))).stdout, /^approval +required$/m)
 })
 
 test('a token is revoked, with its devices where that is asked for, and it takes a reason to throw them out', async t => {
   const { mesh, edgemesh } = scene()
   const token = await mesh.token({ usesMax: 3 })
   await mesh.enroll({ token, device: { id: 'van-1' } })
-  const alone = await edgemesh('revoke', idOf(token))
-  t.deepEqual([alone.exitCode, alone.stdout], [0, `token ${idOf(token)} is revoked; it was used 1/3 times\n`])
+  const alone = await edgemesh('revoke', tokenIdOf(token))
+  t.deepEqual([alone.exitCode, alone.stdout], [0, `token ${tokenIdOf(token)} is revoked; it was used 1/3 times\n`])
   t.is((await unary(mesh.admin, 'getDevice', { id: 'van-1' })).device?.status, 2)
 
-  const silent = await edgemesh('revoke', idOf(token), '--with-devices')
+  const silent = await edgemesh('revoke', tokenIdOf(token), '--with-devices')
   t.is(silent.exitCode, 2)
   t.regex(silent.stderr, /^error: .*give --reason/)
   t.is((await unary(mesh.admin, 'getDevice', { id: 'van-1' })).device?.status, 2)
 
-  const both = await edgemesh('revoke', idOf(token), '--with-devices', '--reason', 'stolen')
+  const both = await edgemesh('revoke', tokenIdOf(token), '--with-devices', '--reason', 'stolen')
   t.is(both.exitCode, 0, both.stderr)
-  t.is(both.stdout, `token ${idOf(token)} is revoked; it was used 1/3 times; devices revoked with it: 1\n`)
+  t.is(both.stdout, `token ${tokenIdOf(token)} is revoked; it was used 1/3 times; devices revoked with it: 1\n`)
   const { device } = await unary(mesh.admin, 'getDevice', { id: 'van-1' })
   t.like(device, { status: 4, statusReason: 'stolen' })
   t.is((await refused(mesh.enroll({ token }))).reason, 'TOKEN_REVOKED')
-  const again = await edgemesh('revoke', idOf(token), '--with-devices', '--reason', 'stolen', '--json')
-  t.like(JSON.parse(again.stdout), { id: idOf(token), status: 'ENROLLMENT_TOKEN_STATUS_REVOKED', devicesRevoked: 0 })
+  const again = await edgemesh('revoke', tokenIdOf(token), '--with-devices', '--reason', 'stolen', '--json')
+  t.like(JSON.parse(again.stdout), {
+    id: tokenIdOf(token),
+    status: 'ENROLLMENT_TOKEN_STATUS_REVOKED',
+    devicesRevoked: 0,
+  })
 })
 
 test('what the server refuses is an error with exit code 1, and what contradicts itself one with 2', async t => {

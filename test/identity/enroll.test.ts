@@ -1,5 +1,5 @@
 import test from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { Fault } from '../../src/fault.ts'
 import type { EnrollResponse } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'
@@ -7,7 +7,7 @@ import { createEnroll, type EnrollDeps } from '../../src/identity/enroll.ts'
 import type { Redeemed } from '../../src/identity/redemption.ts'
 import { hashSecret, mintToken, parseToken } from '../../src/identity/tokens.ts'
 import { newCall } from '../admin/operator.ts'
-import { newKey } from '../support/edgemesh.ts'
+import { storedToken } from '../support/stored-token.ts'
 
 const tokenSecret = 'a secret of tests that is long enough'
 const clock = () => Date.parse('2026-03-02T10:00:00Z')
@@ -19,20 +19,12 @@ const waits: Redeemed = { step: 'waits', deviceId: 'press-7', status: 'pending' 
 function scene(deps: Partial<EnrollDeps>) {
   const outcomes: string[] = []
   const { id, secret } = parseToken(token)
-  const stored = {
+  const stored = storedToken({
     id,
     secretHash: hashSecret(secret, tokenSecret),
-    usesMax: 1,
-    uses: 0,
     expiresAt: new Date(clock() + 60_000),
-    revokedAt: null,
-    labels: {},
-    deviceType: null,
-    deviceId: null,
-    deviceIdPattern: null,
-    sourceNetworks: [],
     requiresApproval: true,
-  }
+  })
   const enroll = createEnroll({
     challenges,
     tokenSecret,
@@ -44,7 +36,7 @@ function scene(deps: Partial<EnrollDeps>) {
     ...deps,
     redemptions: { token: async () => stored, ...deps.redemptions },
   } as EnrollDeps)
-  const csr = signingRequestFor(newKey(), challenges.give().challenge)
+  const csr = signingRequestFor(createKey(), challenges.give().challenge)
   return { outcomes, stream: enroll({ token, csr, device: undefined, sentAt: undefined }, newCall()) }
 }
 

@@ -9,25 +9,13 @@ import {
   type Token,
   tokenState,
 } from '../../src/identity/token-rules.ts'
+import { storedToken } from '../support/stored-token.ts'
 
 const now = Date.parse('2026-03-02T10:00:00Z')
 const minute = 60_000
 const hour = 60 * minute
 
-const fresh: Token = {
-  id: '0123456789ab',
-  secretHash: Buffer.alloc(32),
-  usesMax: 1,
-  uses: 0,
-  expiresAt: new Date(now + 10 * minute),
-  revokedAt: null,
-  labels: {},
-  deviceType: null,
-  deviceId: null,
-  deviceIdPattern: null,
-  sourceNetworks: [],
-  requiresApproval: false,
-}
+const fresh = storedToken({ expiresAt: new Date(now + 10 * minute) })
 const anyDevice: Description = { id: '', type: 'iot', os: '', osVersion: '', labels: {} }
 
 /** The reason of the refusal; undefined where there is none. */

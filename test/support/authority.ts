@@ -1,11 +1,12 @@
 /** The certificate authority of a running EdgeMesh, for certificates that the service itself would not issue. */
 import { createPrivateKey, createPublicKey } from 'node:crypto'
+import { createKey } from '../../src/agent/csr.ts'
 import { systemClock } from '../../src/clock.ts'
 import { openDatabase } from '../../src/db/orm.ts'
 import { openAuthorities } from '../../src/identity/authorities.ts'
 import { describeCertificate, newSerial } from '../../src/identity/certificates.ts'
 import { entities } from '../../src/server.ts'
-import { type Credentials, type EdgeMesh, newKey, secrets } from './edgemesh.ts'
+import { type Credentials, type EdgeMesh, secrets } from './edgemesh.ts'
 
 export type SpecialLeaf = {
   spiffeId: string
@@ -36,7 +37,7 @@ export async function specialLeaves(
   const authority = set.issuing
   await db.close()
   return async ({ spiffeId, purpose = 'client', validFromMs = -minuteMs, validForMs = minuteMs, recordedFor }) => {
-    const keyPem = newKey()
+    const keyPem = createKey()
     const [notBefore, notAfter] = [new Date(Date.now() + validFromMs), new Date(Date.now() + validForMs)]
     const issued = authority.issueLeaf({
       serial: Buffer.from(newSerial(), 'hex'),

@@ -1,13 +1,12 @@
 /** A whole EdgeMesh in this process, on a database of its own, with an operator and as many devices as a test wants. */
-import { generateKeyPairSync } from 'node:crypto'
 import { type Client, credentials, Metadata, type ServiceError, status } from '@grpc/grpc-js'
 import type { ExecutionContext, TestFn } from 'ava'
 import pg from 'pg'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { type Clock, systemClock } from '../../src/clock.ts'
 import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'
-import { EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
+import { type EnrollResponse, EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture } from '../../src/gen/edgemesh/v1/types.ts'
 import { BadRequest, ErrorInfo, RetryInfo } from '../../src/gen/google/rpc/error_details.ts'
@@ -127,7 +126,7 @@ export async function connect(
   address: string,
 ): Promise<Omit<EdgeMesh, 'pool' | 'databaseUrl'>> {
   const anonymous = { rootsPem: server.rootsPem }
-  const operatorKey = newKey()
+  const operatorKey = createKey()
   const issued = await server.issueOperator({
     name: 'tester',
     role: 'admin',
@@ -150,8 +149,8 @@ export async function connect(
     admin,
     clients,
     token,
-    async enroll({ token: text, keyPem = newKey(), device = {} } = {}) {
-      const identity = await enrollOnce(clients(anonymous).enroll, text ?? (await token()), keyPem, device)
+    async enroll({ token: text, keyPem = createKey(), device = {} } = {}) {
+      const identity = await enrollOnce(enrollClientOf({ clients, anonymous }), text ?? (await token()), keyPem, device)
       return { ...anonymous, identity, keyPem, certificatePem: identity.certificateChainPem.join('') }
     },
   }
@@ -177,35 +176,51 @@ export const noTokenRequest: CreateEnrollmentTokenRequest = {
   sourceNetworks: [],
 }
 
-/** Calls Enroll and takes the identity from its stream. */
+/** Calls Enroll and takes the identity from its stream. @throws ServiceError as it was refused */
 export async function enrollOnce(
   client: EnrollServiceClient,
   token: string,
   keyPem: string,
   device: Partial<DeviceDescription> = {},
 ): Promise<Identity> {
-  const csr = await freshCsr(client, keyPem)
-  return new Promise((resolve, reject) => {
-    let identity: Identity | undefined
-    const description = { id: '', type: 1, os: 'linux', osVersion: '6.1', labels: {}, ...device } as DeviceDescription
-    const stream = client.enroll({ token, csr, device: description, sentAt: undefined })
-    stream.on('data', response => {
-      if (response.step?.$case === 'identity') identity = response.step.value
-    })
-    stream.on('error', reject)
-    stream.on('end', () => identity && resolve(identity))
+  const { responses, ended } = await callEnroll(client, { token, keyPem, device })
+  const error = await ended
+  if (error) throw error
+  const identity = responses.map(({ step }) => step).find(step => step?.$case === 'identity')
+  if (!identity) throw new Error('the Enroll stream ended without an identity')
+  return identity.value
+}
+
+export type EnrollAttempt = { token: string; keyPem: string; device?: Partial<DeviceDescription>; csr?: Buffer }
+
+/** The stream of an Enroll call, what has arrived on it so far, and the error that ends it, if one does. */
+export async function callEnroll(client: EnrollServiceClient, attempt: EnrollAttempt) {
+  const { token, keyPem, csr = await freshCsr(client, keyPem) } = attempt
+  const device = { id: '', type: 1, os: 'linux', osVersion: '6.1', labels: {}, ...attempt.device } as DeviceDescription
+  const stream = client.enroll({ token, csr, device, sentAt: undefined })
+  const responses: EnrollResponse[] = []
+  stream.on('data', response => responses.push(response))
+  const ended = new Promise<ServiceError | undefined>(resolve => {
+    stream.on('error', (error: ServiceError) => resolve(error))
+    stream.on('end', () => resolve(undefined))
   })
+  return { responses, ended, cancel: () => stream.cancel() }
+}
+
+/** Enroll is called without a certificate. */
+export function enrollClientOf({ clients, anonymous }: Pick<EdgeMesh, 'clients' | 'anonymous'>): EnrollServiceClient {
+  return clients(anonymous).enroll
+}
+
+/** What may be shown of a token. */
+export function tokenIdOf(text: string): string {
+  return text.split('.')[1] as string
 }
 
 /** A request for the key, with a challenge of the server. */
 export async function freshCsr(client: EnrollServiceClient, keyPem: string): Promise<Buffer> {
   const { challenge } = await unary(client, 'getChallenge', {})
   return signingRequestFor(keyPem, challenge)
-}
-
-export function newKey(): string {
-  const { privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' })
-  return privateKey.export({ type: 'pkcs8', format: 'pem' }).toString()
 }
 
 export function clientsOf(t: ExecutionContext, address: string, who: Credentials): Clients {

@@ -1,10 +1,8 @@
 /** An Enroll call as tests drive it: its stream, with everything that arrives kept. */
-import type { ServiceError } from '@grpc/grpc-js'
 import type { ExecutionContext } from 'ava'
 import type { EnrollResponse, EnrollServiceClient, Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
-import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { endOf } from './device.ts'
-import { eventually, freshCsr, type Refusal, refusal } from './edgemesh.ts'
+import { callEnroll, type EnrollAttempt, eventually, type Refusal, refusal } from './edgemesh.ts'
 
 export type EnrollCall = {
   responses: EnrollResponse[]
@@ -24,22 +22,15 @@ export type EnrollCall = {
 export async function startEnroll(
   t: ExecutionContext,
   client: EnrollServiceClient,
-  request: { token: string; keyPem: string; device?: Partial<DeviceDescription>; csr?: Buffer },
+  attempt: EnrollAttempt,
 ): Promise<EnrollCall> {
-  const { token, keyPem, csr = await freshCsr(client, keyPem) } = request
-  const device = { id: '', type: 1, os: '', osVersion: '', labels: {}, ...request.device } as DeviceDescription
-  const stream = client.enroll({ token, csr, device, sentAt: undefined })
-  const responses: EnrollResponse[] = []
-  stream.on('data', response => responses.push(response))
-  const ended = new Promise<Refusal | undefined>(resolve => {
-    stream.on('error', (error: ServiceError) => resolve(refusal(error)))
-    stream.on('end', () => resolve(undefined))
-  })
+  const { responses, cancel, ...call } = await callEnroll(client, attempt)
+  const ended = call.ended.then(error => error && refusal(error))
   let over: Refusal | undefined
   ended.then(end => {
     over = end
   })
-  t.teardown(() => stream.cancel())
+  t.teardown(cancel)
   /** Of this kind; or the end of the stream, if that comes first. */
   const step = async <Case extends 'pendingApproval' | 'identity'>($case: Case) => {
     const early = ended.then(end => {
@@ -66,6 +57,6 @@ export async function startEnroll(
       return { is: answer.$case === 'identity' ? 'identity' : 'pending', deviceId: answer.value.deviceId }
     },
     outcome: async () => (await endOf({ ended }))?.reason ?? 'identity',
-    cancel: () => stream.cancel(),
+    cancel,
   }
 }

@@ -6,20 +6,14 @@
  * started once for each process, which is once for each test file.
  */
 import { randomBytes } from 'node:crypto'
-import { mkdtemp, rm } from 'node:fs/promises'
 import { request } from 'node:http'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
 import { type ExecutionContext, registerCompletionHandler } from 'ava'
-import pg from 'pg'
 import { accessEntities } from '../../src/access/entities.ts'
 import { auditEntities } from '../../src/audit/entities.ts'
 import { type Database, openDatabase } from '../../src/db/orm.ts'
 import { fleetEntities } from '../../src/fleet/entities.ts'
 import { identityEntities } from '../../src/identity/entities.ts'
-import { createLog } from '../../src/telemetry/log.ts'
-
-type Server = { url: string; stop(): Promise<void> }
+import { administer, databaseUrl, givenServerUrl, type Server, startEmbedded } from './postgres-server.ts'
 
 /** A server with a migrated database in it that is copied for each test. */
 type Templates = { server: Server; template: string }
@@ -38,7 +32,7 @@ export async function testDatabase(t: ExecutionContext<unknown>): Promise<Databa
   const name = `edgemesh_test_${randomBytes(8).toString('hex')}`
   // The template itself is read under a shared lock, so tests that run side by side do not wait for each other.
   await administer(server.url, `create database ${name} template ${template}`)
-  const url = urlOf(server.url, name)
+  const url = databaseUrl(server.url, name)
   const database = await openDatabase({ url, poolMax, entities })
   t.teardown(async () => {
     await database.close()
@@ -55,20 +49,20 @@ async function prepare(): Promise<Templates> {
     administer(server.url, `drop database if exists ${template} with (force)`).finally(() => server.stop())
   })
   await administer(server.url, `create database ${template}`)
-  const database = await openDatabase({ url: urlOf(server.url, template), poolMax: 1, entities })
+  const database = await openDatabase({ url: databaseUrl(server.url, template), poolMax: 1, entities })
   await database.migrate()
   await database.close()
   return { server, template }
 }
 
 async function findServer(): Promise<Server> {
-  const given = process.env.DATABASE_URL ?? process.env.EDGEMESH_TEST_POSTGRES
-  if (given) return { url: given.replace(/^postgresql\+asyncpg:/, 'postgresql:'), stop: async () => {} }
+  const given = givenServerUrl()
+  if (given) return { url: given, stop: async () => {} }
   if (await dockerAnswers()) {
     const container = await startContainer().catch(() => undefined)
     if (container) return container
   }
-  return startEmbedded()
+  return startEmbedded('test', 'silent')
 }
 
 /** Whether there is an engine, not just its socket or its client. */
@@ -100,34 +94,4 @@ async function startContainer(): Promise<Server> {
     url: `postgresql://postgres:edgemesh@${container.getHost()}:${container.getMappedPort(5432)}/edgemesh`,
     stop: async () => void (await container.stop()),
   }
-}
-
-async function startEmbedded(): Promise<Server> {
-  const { startEmbeddedPostgres } = await import('../../src/db/embedded.ts')
-  const directory = await mkdtemp(join(tmpdir(), 'edgemesh-test-'))
-  const embedded = await startEmbeddedPostgres({ directory, log: createLog({ level: 'silent' }) })
-  return {
-    url: embedded.url,
-    async stop() {
-      await embedded.stop()
-      await rm(directory, { recursive: true, force: true })
-    },
-  }
-}
-
-/** Databases are made and dropped from outside of them. */
-async function administer(url: string, statement: string): Promise<void> {
-  const client = new pg.Client({ connectionString: url })
-  await client.connect()
-  try {
-    await client.query(statement)
-  } finally {
-    await client.end()
-  }
-}
-
-function urlOf(serverUrl: string, database: string): string {
-  const url = new URL(serverUrl)
-  url.pathname = `/${database}`
-  return url.href
 }

@@ -1,26 +1,25 @@
 import test, { type ExecutionContext } from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { heartbeats } from '../support/device.ts'
 import {
   connect,
   type EdgeMesh,
+  enrollClientOf,
   enrollOnce,
   eventually,
   healthy,
-  newKey,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
   startSecondInstance,
   testEnvironment,
+  tokenIdOf,
   unary,
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
 import { serve } from '../support/serve.ts'
 
 const mesh = sharedEdgeMesh(test)
-
-const idOf = (token: string) => token.split('.')[1] as string
-const enrollOf = (at: Pick<EdgeMesh, 'clients' | 'anonymous'>) => at.clients(at.anonymous).enroll
 
 /** What approving a device comes down to. */
 async function approve({ pool }: Pick<EdgeMesh, 'pool'>, id: string): Promise<void> {
@@ -48,7 +47,7 @@ async function tokenRow(at: Pick<EdgeMesh, 'pool'>, token: string) {
   const { rows } = await at.pool.query<{ uses: number; completed: number }>(
     `select uses, (select count(completed_at)::int from token_redemptions where token_id = id) as completed
      from enrollment_tokens where id = $1`,
-    [idOf(token)],
+    [tokenIdOf(token)],
   )
   return rows[0]
 }
@@ -56,8 +55,8 @@ async function tokenRow(at: Pick<EdgeMesh, 'pool'>, token: string) {
 /** A device that waits at `at` with a new token. */
 async function waitingDevice(t: ExecutionContext, at: EdgeMesh, id: string) {
   const token = await at.token({ requiresApproval: true })
-  const keyPem = newKey()
-  const call = await startEnroll(t, enrollOf(at), { token, keyPem, device: { id } })
+  const keyPem = createKey()
+  const call = await startEnroll(t, enrollClientOf(at), { token, keyPem, device: { id } })
   t.is(await call.pending(), id)
   return { token, keyPem, call }
 }
@@ -106,7 +105,7 @@ for (const [what, reject] of [
     const end = await call.refused()
     t.deepEqual([end.code, end.reason], ['PERMISSION_DENIED', 'ENROLLMENT_REJECTED'])
     if (what === 'revoked') t.true(end.message.includes('nobody knows it'))
-    const again = await refused(enrollOnce(enrollOf(mesh()), token, keyPem))
+    const again = await refused(enrollOnce(enrollClientOf(mesh()), token, keyPem))
     t.is(again.reason, 'ENROLLMENT_REJECTED')
 
     t.deepEqual(await eventsOf(mesh(), `device/${id}`), [
@@ -127,9 +126,9 @@ test('a device whose instance is killed goes on waiting at another one, even if 
   t.is((await call.refused()).code, 'UNAVAILABLE')
 
   await survivor.pool.query(`update enrollment_tokens set expires_at = now() - interval '1 day'`)
-  const again = await startEnroll(t, enrollOf(survivor), { token, keyPem })
+  const again = await startEnroll(t, enrollClientOf(survivor), { token, keyPem })
   t.is(await again.pending(), 'press-2', 'the same device')
-  const late = await refused(enrollOnce(enrollOf(survivor), token, newKey()))
+  const late = await refused(enrollOnce(enrollClientOf(survivor), token, createKey()))
   t.is(late.reason, 'TOKEN_OTHER_KEY', 'nobody else comes in by it')
   await approve(survivor, 'press-2')
   t.is((await again.identity()).deviceId, 'press-2')
@@ -143,14 +142,14 @@ test('who was approved while nobody listened gets the identity with the next cal
     (await eventsOf(mesh(), 'device/press-3')).some(event => event.startsWith('CANCELLED STREAM_LOST')),
   )
   await approve(mesh(), 'press-3')
-  t.is((await enrollOnce(enrollOf(mesh()), token, keyPem)).deviceId, 'press-3')
+  t.is((await enrollOnce(enrollClientOf(mesh()), token, keyPem)).deviceId, 'press-3')
   t.deepEqual(await tokenRow(mesh(), token), { uses: 1, completed: 1 })
 })
 
 test('revoking its token ends the wait of a device, at every instance', async t => {
   const other = await startSecondInstance(t, mesh())
   const { token, call } = await waitingDevice(t, other, 'press-4')
-  await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token) })
+  await unary(mesh().admin, 'revokeEnrollmentToken', { id: tokenIdOf(token) })
   const end = await call.refused()
   t.deepEqual([end.code, end.reason], ['UNAUTHENTICATED', 'TOKEN_REVOKED'])
 })
@@ -192,10 +191,10 @@ test('a quarantine is no approval: the device waits until it is released', async
 })
 
 test('a device that enrolls again with a token that takes approval is kept out until it is approved anew', async t => {
-  const keyPem = newKey()
+  const keyPem = createKey()
   const device = await mesh().enroll({ keyPem, device: { id: 'press-8' } })
   const token = await mesh().token({ requiresApproval: true, labels: { tier: 'prod' } })
-  const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem, device: { id: 'press-8' } })
+  const call = await startEnroll(t, enrollClientOf(mesh()), { token, keyPem, device: { id: 'press-8' } })
   await call.pending()
   const { answer } = await unary(mesh().clients(device).authorize, 'check', {
     question: { id: '1', user: 'ada', service: 'payroll', action: '' },
@@ -213,10 +212,12 @@ test('a device that enrolls again with a token that takes approval is kept out u
 test('a token of several uses enrolls each device with an approval of its own', async t => {
   const token = await mesh().token({ requiresApproval: true, usesMax: 2 })
   const calls = await Promise.all(
-    ['hall-1', 'hall-2'].map(id => startEnroll(t, enrollOf(mesh()), { token, keyPem: newKey(), device: { id } })),
+    ['hall-1', 'hall-2'].map(id =>
+      startEnroll(t, enrollClientOf(mesh()), { token, keyPem: createKey(), device: { id } }),
+    ),
   )
   for (const call of calls) await call.pending()
-  const third = await refused(enrollOnce(enrollOf(mesh()), token, newKey()))
+  const third = await refused(enrollOnce(enrollClientOf(mesh()), token, createKey()))
   t.is(third.reason, 'TOKEN_USED_UP', 'a use is a use from when it is asked for')
   await approve(mesh(), 'hall-2')
   t.is((await calls[1]?.identity())?.deviceId, 'hall-2')

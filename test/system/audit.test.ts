@@ -1,8 +1,9 @@
 import { Writable } from 'node:stream'
 import test from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { enrollOnce, eventually, healthy, newKey, refused, secrets, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { enrollOnce, eventually, healthy, refused, secrets, startEdgeMesh, unary } from '../support/edgemesh.ts'
 
 test('every call is on record: who, what, on what, from where, and how it ended; and no record holds a secret', async t => {
   let logged = ''
@@ -18,8 +19,8 @@ test('every call is on record: who, what, on what, from where, and how it ended;
   const clients = mesh.clients(device)
   const mistaken = token.replace(/\.[^.]+\.([^.]+)$/, `.${Buffer.alloc(32, 7).toString('base64url')}.$1`)
 
-  await refused(enrollOnce(mesh.clients(mesh.anonymous).enroll, token, newKey()))
-  await refused(enrollOnce(mesh.clients(mesh.anonymous).enroll, mistaken, newKey()))
+  await refused(enrollOnce(mesh.clients(mesh.anonymous).enroll, token, createKey()))
+  await refused(enrollOnce(mesh.clients(mesh.anonymous).enroll, mistaken, createKey()))
   await refused(
     unary(mesh.clients(mesh.anonymous).admin, 'listDevices', { pageSize: 0, pageToken: '', status: 0, labels: {} }),
   )

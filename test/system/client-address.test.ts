@@ -3,13 +3,13 @@ import { once } from 'node:events'
 import { connect } from 'node:net'
 import { Writable } from 'node:stream'
 import test, { type ExecutionContext } from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import {
   clientsOf,
   type EdgeMesh,
   enrollOnce,
   eventually,
-  newKey,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
@@ -25,7 +25,7 @@ const mesh = sharedEdgeMesh(test, { TRUSTED_PROXIES: `192.0.2.0/24, ${balancer}`
 /** Enrolls a device through a port that leads to the server. @returns the addresses that are on record for it */
 async function enrollThrough(t: ExecutionContext, { token, anonymous, pool }: EdgeMesh, port: number) {
   const { enroll } = clientsOf(t, `127.0.0.1:${port}`, anonymous)
-  const { deviceId } = await enrollOnce(enroll, await token(), newKey())
+  const { deviceId } = await enrollOnce(enroll, await token(), createKey())
   const { rows: events } = await pool.query(
     "select source_address from audit_events where target = $1 and method like '%/Enroll'",
     [`device/${deviceId}`],

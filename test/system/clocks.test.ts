@@ -1,6 +1,6 @@
 /** Devices whose clock is wrong: they are served like all others, and they and their operators are told. */
 import test, { type ExecutionContext } from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'
 import { specialLeaves } from '../support/authority.ts'
 import { endOf, heartbeats } from '../support/device.ts'
@@ -9,7 +9,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   type Refusal,
   refusal,
   refused,
@@ -40,7 +39,7 @@ for (const [what, at] of [
     const clock = clockAt(at)
     const token = await mesh().token()
     const { enroll } = mesh().clients(mesh().anonymous)
-    const keyPem = newKey()
+    const keyPem = createKey()
     const { deviceId, certificateChainPem } = await new Promise<{ deviceId: string; certificateChainPem: string[] }>(
       (resolve, reject) => {
         freshCsr(enroll, keyPem).then(csr => {
@@ -112,7 +111,7 @@ test('operators see how many clocks are wrong, and the worst of them, for as lon
 /** What an Enroll with this token, at this time of the device, is told. */
 async function enrollmentRefused(token: string, sentAt: Date | undefined, challenge?: string): Promise<Refusal> {
   const { enroll } = mesh().clients(mesh().anonymous)
-  const csr = challenge ? signingRequestFor(newKey(), challenge) : await freshCsr(enroll, newKey())
+  const csr = challenge ? signingRequestFor(createKey(), challenge) : await freshCsr(enroll, createKey())
   return new Promise((resolve, reject) => {
     const stream = enroll.enroll({ token, csr, device: undefined, sentAt })
     stream.on('error', error => resolve(refusal(error)))
@@ -149,7 +148,7 @@ test('who renews with a certificate that is not valid yet is told how wrong its 
   const issue = await specialLeaves(mesh())
   const spiffeId = 'spiffe://edgemesh.local/device/early'
   const { enroll } = mesh().clients(await issue({ spiffeId, validFromMs: hourMs, validForMs: 2 * hourMs }))
-  const request = { csr: await freshCsr(enroll, newKey()), sentAt: new Date(Date.now() + hourMs + 60_000) }
+  const request = { csr: await freshCsr(enroll, createKey()), sentAt: new Date(Date.now() + hourMs + 60_000) }
   const told = await refused(unary(enroll, 'renewCertificate', request))
   t.is(told.reason, 'CERTIFICATE_NOT_YET_VALID')
   t.regex(told.message, /; your clock is 61 min ahead$/)

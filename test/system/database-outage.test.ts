@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { startEmbeddedPostgres } from '../../src/db/embedded.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { authorizations, endOf, heartbeats } from '../support/device.ts'
@@ -11,7 +12,6 @@ import {
   enrollOnce,
   eventually,
   healthy,
-  newKey,
   refused,
   startEdgeMesh,
   startSecondInstance,
@@ -75,7 +75,7 @@ test('while the database is away nothing new is allowed and nothing acknowledged
   const stoppedAt = Date.now()
   const [check, enrollment, change] = await Promise.all([
     refused(alpha.check()),
-    refused(enrollOnce(patient.clients(patient.anonymous).enroll, token, newKey())),
+    refused(enrollOnce(patient.clients(patient.anonymous).enroll, token, createKey())),
     refused(unary(patient.admin, 'revokeDevice', { id: 'alpha', reason: '' })),
   ])
   for (const [what, seen] of Object.entries({ check, enrollment, change })) {

@@ -4,6 +4,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import type { Directive, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { specialLeaves } from '../support/authority.ts'
@@ -14,7 +15,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   shared,
   startEdgeMesh,
@@ -98,7 +98,7 @@ for (const [what, method, request, reason] of [
       stream.send({})
       t.is((await endOf(stream))?.reason, reason)
       const { enroll } = instance.clients(device)
-      const renewing = await refused(unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) }))
+      const renewing = await refused(unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) }))
       t.is(renewing.reason, reason)
       await listNaming(t, instance, serialOf(device))
     }
@@ -181,7 +181,7 @@ test('a device that changes in other ways is not bothered with it', async t => {
   await heart.beat(healthy)
   await heart.beat({ diskEncrypted: false })
   await unary(there().clients(device).enroll, 'renewCertificate', {
-    csr: await freshCsr(there().clients(device).enroll, newKey()),
+    csr: await freshCsr(there().clients(device).enroll, createKey()),
   })
   await heart.beat({ diskEncrypted: true })
   t.deepEqual(directivesOf(heart.responses), [])
@@ -222,7 +222,7 @@ test('a device that waits for approval may not connect anywhere until it is appr
 })
 
 test('the name of a deleted device is free: for a new certificate of it, or for another that takes it for good', async t => {
-  const keyPem = newKey()
+  const keyPem = createKey()
   const first = await here().enroll({ device: { id: 'phoenix' }, keyPem })
   const { answer } = await check(here(), first)
   await unary(here().admin, 'revokeDevice', { id: 'phoenix', reason: 'by mistake' })
@@ -264,7 +264,7 @@ test('whatever a device renews while it is deleted, no certificate of it is left
   const renewals = both().flatMap(instance => {
     const { enroll } = instance.clients(device)
     return Array.from({ length: 8 }, async () =>
-      unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) }),
+      unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) }),
     )
   })
   // Some of them first.

@@ -1,6 +1,6 @@
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { openOffline } from '../../src/server.ts'
 import { readSettings } from '../../src/settings.ts'
 import { createLog } from '../../src/telemetry/log.ts'
@@ -12,7 +12,6 @@ import {
   enrollOnce,
   eventually,
   healthy,
-  newKey,
   noTokenRequest,
   shared,
   startEdgeMesh,
@@ -42,7 +41,7 @@ async function operatorOf(databaseUrl: string): Promise<Credentials> {
   const settings = readSettings({ ...testEnvironment, DATABASE_URL: databaseUrl })
   const offline = await openOffline(settings, createLog({ level: 'fatal' }))
   try {
-    const keyPem = newKey()
+    const keyPem = createKey()
     const csr = signingRequestFor(keyPem)
     const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
     return { ...issued, keyPem }
@@ -114,7 +113,7 @@ test('whatever was acknowledged before kill -9 is there after the restart, and t
   await service.killAndRestart()
 
   // An enrollment, among many that are cut off.
-  const keys = Array.from({ length: 20 }, newKey)
+  const keys = Array.from({ length: 20 }, createKey)
   const { promise: enough, resolve } = Promise.withResolvers<void>()
   const acknowledged: TestDevice[] = []
   const enrollments = keys.map(async keyPem => {

@@ -1,5 +1,6 @@
 import { X509Certificate } from 'node:crypto'
 import test from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { heartbeats } from '../support/device.ts'
 import {
@@ -8,23 +9,22 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refusal,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
   startSecondInstance,
+  tokenIdOf,
   unary,
 } from '../support/edgemesh.ts'
 import { openssl } from '../support/openssl.ts'
 
 const mesh = sharedEdgeMesh(test)
 
-const idOf = (token: string) => token.split('.')[1] as string
 const leafOf = (chain: string[]) => new X509Certificate(chain[0] as string)
 
 async function usesOf(token: string): Promise<number> {
-  const { rows } = await mesh().pool.query('select uses from enrollment_tokens where id = $1', [idOf(token)])
+  const { rows } = await mesh().pool.query('select uses from enrollment_tokens where id = $1', [tokenIdOf(token)])
   return rows[0].uses
 }
 
@@ -57,7 +57,7 @@ for (const [instances, count] of [
     const all = [mesh()]
     if (count === 2) all.push(await startSecondInstance(t, mesh()))
     const token = await mesh().token({ usesMax: 10 })
-    const { identities, refusals } = await race(all, token, Array.from({ length: 50 }, newKey))
+    const { identities, refusals } = await race(all, token, Array.from({ length: 50 }, createKey))
 
     t.is(new Set(identities.map(identity => identity.deviceId)).size, 10)
     t.is(new Set(identities.map(identity => leafOf(identity.certificateChainPem).serialNumber)).size, 10)
@@ -68,7 +68,7 @@ for (const [instances, count] of [
     t.is(await usesOf(token), 10)
     const { rows } = await mesh().pool.query(
       'select count(*)::int from token_redemptions join devices on devices.id = device_id where token_id = $1',
-      [idOf(token)],
+      [tokenIdOf(token)],
     )
     t.is(rows[0].count, 10)
   })
@@ -76,7 +76,7 @@ for (const [instances, count] of [
 
 test('a client that repeats its call ten times at once, and once more, is one device by one use', async t => {
   const token = await mesh().token()
-  const key = newKey()
+  const key = createKey()
   const { identities, refusals } = await race([mesh()], token, Array(10).fill(key))
   t.deepEqual(refusals, [])
   const again = await mesh().enroll({ token, keyPem: key })
@@ -129,7 +129,7 @@ for (const [what, prepare, code, reason] of [
     'an expired',
     async (token: string) => {
       const past = "update enrollment_tokens set expires_at = now() - interval '1 second' where id = $1"
-      await mesh().pool.query(past, [idOf(token)])
+      await mesh().pool.query(past, [tokenIdOf(token)])
       return token
     },
     'UNAUTHENTICATED',
@@ -138,7 +138,7 @@ for (const [what, prepare, code, reason] of [
   [
     'a revoked',
     async (token: string) => {
-      await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token) })
+      await unary(mesh().admin, 'revokeEnrollmentToken', { id: tokenIdOf(token) })
       return token
     },
     'UNAUTHENTICATED',
@@ -146,7 +146,7 @@ for (const [what, prepare, code, reason] of [
   ],
   [
     'an unknown',
-    async (token: string) => token.replace(idOf(token), idOf(token).split('').reverse().join('')),
+    async (token: string) => token.replace(tokenIdOf(token), tokenIdOf(token).split('').reverse().join('')),
     'UNAUTHENTICATED',
     'TOKEN_UNKNOWN',
   ],
@@ -170,7 +170,7 @@ for (const [what, prepare, code, reason] of [
 
     const { rows } = await mesh().pool.query(
       "select code, actor, source_address from audit_events where method like '%/Enroll' and reason = $1 and target = $2",
-      [reason, reason === 'TOKEN_MALFORMED' ? '' : `token/${idOf(shown)}`],
+      [reason, reason === 'TOKEN_MALFORMED' ? '' : `token/${tokenIdOf(shown)}`],
     )
     t.deepEqual(rows, [{ code, actor: 'anonymous', source_address: '127.0.0.1' }])
     t.is(await usesOf(token), 0)
@@ -196,7 +196,7 @@ test("what can't be enrolled uses nothing up and leaves no device behind", async
       const device: DeviceDescription = { id, type: 1, os: '', osVersion: '', labels: {} }
       client.enroll({ token, csr, device, sentAt: undefined }).on('data', resolve).on('error', reject)
     })
-  const good = await freshCsr(client, newKey())
+  const good = await freshCsr(client, createKey())
   const forged = Buffer.from(good)
   forged[forged.length - 1] = (forged.at(-1) as number) ^ 1
   for (const csr of [Buffer.alloc(0), Buffer.from('no request'), good.subarray(0, -1), forged]) {
@@ -213,7 +213,7 @@ test("what can't be enrolled uses nothing up and leaves no device behind", async
 
 test('renewing gives another certificate for the same name and a new key, and the old one still works', async t => {
   const before = await mesh().enroll({ device: { id: 'renewed' } })
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { enroll } = mesh().clients(before)
   const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })
   if (!identity) return t.fail('no identity in the answer')
@@ -281,6 +281,6 @@ test('who enrolls more often than the limit is told when to come back', async t 
   const seen = await refused(limited.enroll({ token }))
   t.deepEqual([seen.code, seen.reason], ['RESOURCE_EXHAUSTED', 'RATE_LIMITED'])
   t.true(seen.retryAfterMs !== undefined && seen.retryAfterMs > 0 && seen.retryAfterMs <= 60_000)
-  const { rows } = await limited.pool.query('select uses from enrollment_tokens where id = $1', [idOf(token)])
+  const { rows } = await limited.pool.query('select uses from enrollment_tokens where id = $1', [tokenIdOf(token)])
   t.is(rows[0].uses, 3)
 })

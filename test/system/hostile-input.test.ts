@@ -19,6 +19,7 @@ import {
 } from '@grpc/grpc-js'
 import test from 'ava'
 import fc from 'fast-check'
+import { createKey } from '../../src/agent/csr.ts'
 import { AdminServiceService } from '../../src/gen/edgemesh/v1/admin.ts'
 import { type AuthorizeRequest, AuthorizeServiceService } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceService } from '../../src/gen/edgemesh/v1/enroll.ts'
@@ -29,7 +30,6 @@ import {
   type EdgeMesh,
   eventually,
   healthy,
-  newKey,
   type Refusal,
   refusal,
   refused,
@@ -328,7 +328,7 @@ test.serial('a question about another device is not for devices to ask', async t
 
 test.serial('a certificate request of another shape is refused by its field', async t => {
   const { enroll } = shared().clients(device)
-  for (const csr of [Buffer.alloc(0), Buffer.from(newKey()), Buffer.alloc(9_000, 0x30)]) {
+  for (const csr of [Buffer.alloc(0), Buffer.from(createKey()), Buffer.alloc(9_000, 0x30)]) {
     const told = await refused(unary(enroll, 'renewCertificate', { csr }))
     t.is(told.code, 'INVALID_ARGUMENT')
     t.deepEqual(told.fields, ['csr'])

@@ -4,6 +4,7 @@
  */
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
+import { createKey } from '../../src/agent/csr.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { specialLeaves } from '../support/authority.ts'
 import {
@@ -11,7 +12,6 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  newKey,
   refusal,
   shared,
   startEdgeMesh,
@@ -164,7 +164,7 @@ function enroll(t: ExecutionContext, where: Where, at: number): Step {
       const { status, certificates } = model
       // Those that the device had in lives before: good for another life, and for nothing else.
       const old = certificates.map(({ key }) => key).filter(key => isOfThePast(key, certificates))
-      const key = at === 0 || old.length === 0 || status === 'revoked' ? newKey() : pick(old, at)
+      const key = at === 0 || old.length === 0 || status === 'revoked' ? createKey() : pick(old, at)
       const expected = status === 'none' ? ok : 'DEVICE_EXISTS'
       const seen = await told(async () => {
         const credentials = await real.at[where].enroll({ keyPem: key, device: { id: real.id } })
@@ -198,7 +198,7 @@ function renew(t: ExecutionContext, where: Where, at: number): Step {
     model => whoseAge(model, true).length > 0,
     async (model, real) => {
       const certificate = pick(whoseAge(model, true), at)
-      const key = newKey()
+      const key = createKey()
       const expected = standing(model, certificate)
       t.is(await told(() => renewed(model, real, where, certificate, key)), expected)
     },
@@ -227,7 +227,7 @@ function comeBack(t: ExecutionContext, where: Where, at: number, repeat: boolean
     model => whoseAge(model, false).length > 0,
     async (model, real) => {
       const certificate = pick(whoseAge(model, false).reverse(), at)
-      const key = repeat ? (model.certificates.at(-1)?.key ?? '') : newKey()
+      const key = repeat ? (model.certificates.at(-1)?.key ?? '') : createKey()
       const expected = coming(model, certificate, key, where)
       t.is(await told(() => renewed(model, real, where, certificate, key)), expected.told)
       model.status = expected.status
@@ -303,7 +303,7 @@ test('whatever happens to a device, both instances refuse and allow what they sh
       return fc
         .asyncModelRun(async () => {
           const id = `model-${++devices}`
-          const keyPem = newKey()
+          const keyPem = createKey()
           const first = await lenient.enroll({ keyPem, device: { id } })
           const certificates: Certificate[] = [{ credentials: first, key: keyPem, age: 'live', fate: 'stands' }]
           return {

@@ -2,7 +2,7 @@ import type { X509Certificate } from 'node:crypto'
 import { connect as connectTls } from 'node:tls'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { type SpecialLeaf, specialLeaves } from '../support/authority.ts'
 import { authorizations, endOf, heartbeats } from '../support/device.ts'
 import {
@@ -11,7 +11,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
@@ -123,7 +122,7 @@ test('a device speaks for itself only', async t => {
   t.deepEqual(decided.rows, [{ device_id: 'bob', caller: spiffe('bob') }])
 
   const { enroll } = mesh().clients(bob)
-  const renewed = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) })
+  const renewed = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) })
   t.is(renewed.identity?.deviceId, 'bob')
 })
 
@@ -132,7 +131,7 @@ test('devices may not administer, auditors may look only, and operators have no 
   const climbing = await refused(unary(mesh().clients(device).admin, 'listDevices', listAll))
   t.deepEqual([climbing.code, climbing.reason], ['PERMISSION_DENIED', 'WRONG_CALLER'])
 
-  const keyPem = newKey()
+  const keyPem = createKey()
   const csr = signingRequestFor(keyPem)
   const issued = await mesh().server.issueOperator({ name: 'otto', role: 'auditor', csr, validityMs: 60_000 })
   const auditor = mesh().clients({ ...issued, keyPem })

@@ -1,10 +1,10 @@
 /** RATE_LIMIT_ENROLLMENTS on real servers: across instances, by the client's own address. */
 import test, { type ExecutionContext } from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import {
   clientsOf,
   type EdgeMesh,
   enrollOnce,
-  newKey,
   type Refusal,
   refusal,
   refused,
@@ -36,7 +36,9 @@ test('of fifty enrollments that race at two instances, ten are let through; nobo
   const instances = [one, await startSecondInstance(t, one, env)]
   const token = await one.token({ usesMax: 100 })
   const storm = await Promise.all(instances.map(instance => clientFrom(t, instance, '203.0.113.7')))
-  const racing = Array.from({ length: 50 }, (_, at) => enrollOnce(storm[at % 2] as (typeof storm)[0], token, newKey()))
+  const racing = Array.from({ length: 50 }, (_, at) =>
+    enrollOnce(storm[at % 2] as (typeof storm)[0], token, createKey()),
+  )
   const refusals = await refusalsOf(racing)
 
   t.is(refusals.length, 40)
@@ -52,14 +54,14 @@ test('of fifty enrollments that race at two instances, ten are let through; nobo
   t.is(audited[0].refused, 40, 'each refusal is on record')
 
   for (const instance of instances) {
-    await enrollOnce(await clientFrom(t, instance, '203.0.113.8'), token, newKey())
+    await enrollOnce(await clientFrom(t, instance, '203.0.113.8'), token, createKey())
   }
 })
 
 test('an attempt counts whatever becomes of it, and the addresses of one IPv6 network count together', async t => {
   const mesh = await startEdgeMesh(t, { RATE_LIMIT_ENROLLMENTS: '2/hour', TRUSTED_PROXIES: balancer })
   const attempt = async (address: string) =>
-    (await refused(enrollOnce(await clientFrom(t, mesh, address), 'em1.wrong', newKey()))).reason
+    (await refused(enrollOnce(await clientFrom(t, mesh, address), 'em1.wrong', createKey()))).reason
   t.is(await attempt('2001:db8:0:1::1'), 'TOKEN_MALFORMED')
   t.is(await attempt('2001:db8:0:1:ffff::2'), 'TOKEN_MALFORMED')
   t.is(await attempt('2001:db8:0:1::3'), 'RATE_LIMITED')

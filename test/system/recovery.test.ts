@@ -1,7 +1,7 @@
 import { createPrivateKey, createPublicKey, hash, X509Certificate } from 'node:crypto'
 import { Writable } from 'node:stream'
 import test from 'ava'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { type SpecialLeaf, specialLeaves } from '../support/authority.ts'
@@ -12,7 +12,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   shared,
   startEdgeMesh,
@@ -61,7 +60,7 @@ async function lateCertificate(id: string, leaf: Partial<SpecialLeaf> = {}) {
 }
 
 /** Asks for a certificate by showing `who`, as a device does that starts again. */
-async function comeBack(instance: EdgeMesh, who: Credentials, keyPem = newKey()): Promise<Credentials> {
+async function comeBack(instance: EdgeMesh, who: Credentials, keyPem = createKey()): Promise<Credentials> {
   const { enroll } = instance.clients(who)
   const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })
   return { rootsPem: who.rootsPem, keyPem, certificatePem: identity?.certificateChainPem.join('') ?? '' }
@@ -185,7 +184,7 @@ test('a device that lost the answer repeats its call for the same key, and nobod
     [strict(), 'unlucky-2', DeviceStatus.ACTIVE],
   ] as const) {
     const { expired } = await away(id)
-    const keyPem = newKey()
+    const keyPem = createKey()
     if (instance === strict()) {
       await refused(comeBack(instance, expired, keyPem))
       await unary(mesh().admin, 'approveDevice', { id })
@@ -208,7 +207,7 @@ test('a device whose certificate expires while it is connected is cut off and co
   const heart = heartbeats(t, mesh(), leaf)
   await heart.beat(healthy)
   const { enroll } = mesh().clients(leaf)
-  const csr = await freshCsr(enroll, newKey())
+  const csr = await freshCsr(enroll, createKey())
   const access = authorizations(t, mesh(), leaf)
   await access.ask('ada', 'payroll')
   for (const stream of [heart, access]) t.is((await endOf(stream))?.reason, 'CERTIFICATE_EXPIRED')
@@ -314,7 +313,7 @@ for (const [what, prepare, code, reason] of [
 ] as const) {
   test(`a device ${what} does not come back: ${reason}`, async t => {
     const who = await prepare()
-    const keyPem = newKey()
+    const keyPem = createKey()
     const seen = await refused(comeBack(mesh(), who, keyPem))
     t.deepEqual([seen.code, seen.reason], [code, reason])
     t.is(await certificatesFor(keyPem), 0)
@@ -337,7 +336,7 @@ async function certificatesFor(keyPem: string): Promise<number> {
 }
 
 async function operator(name: string, role: string, validityMs: number): Promise<Credentials> {
-  const keyPem = newKey()
+  const keyPem = createKey()
   const issued = await mesh().server.issueOperator({ name, role, csr: signingRequestFor(keyPem), validityMs })
   return { ...issued, keyPem }
 }
@@ -386,11 +385,11 @@ test("an operator's certificate that has expired is worth nothing", async t => {
 test('a certificate that was revoked a moment ago gets no other one, whatever this instance knows yet', async t => {
   const device = await mesh().enroll({ device: { id: 'moment' } })
   const { enroll } = mesh().clients(device)
-  const csr = await freshCsr(enroll, newKey())
+  const csr = await freshCsr(enroll, createKey())
   await unary(enroll, 'renewCertificate', { csr })
   // Nobody announces it.
   await mesh().pool.query("update certificates set revoked_at = now() where subject_id = 'moment'")
-  const seen = await refused(unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) }))
+  const seen = await refused(unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) }))
   t.deepEqual([seen.code, seen.reason], ['UNAUTHENTICATED', 'CERTIFICATE_REVOKED'])
 })
 

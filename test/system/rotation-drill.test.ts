@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
+import { createKey } from '../../src/agent/csr.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState } from '../../src/agent/state.ts'
 import { AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
@@ -13,7 +14,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refusal,
   startEdgeMesh,
   startSecondInstance,
@@ -74,7 +74,7 @@ test('fifty agents go through a whole change of authority, none of them without 
   }
   await to(Stage.PUBLISHED)
   await to(Stage.ISSUING)
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { enroll } = one.clients(operator)
   const issued = await eventually('the instance issues by the new authority', async () => {
     const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })

@@ -3,6 +3,7 @@ import { X509Certificate } from 'node:crypto'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import fc from 'fast-check'
+import { createKey } from '../../src/agent/csr.ts'
 import { AuthorityRole, AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
 import type { TrustBundle } from '../../src/gen/edgemesh/v1/types.ts'
 import { endOf, heartbeats } from '../support/device.ts'
@@ -12,7 +13,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   startEdgeMesh,
   startSecondInstance,
@@ -56,7 +56,7 @@ async function beating(t: ExecutionContext, mesh: EdgeMesh, device: Credentials)
 }
 
 async function renewed(mesh: EdgeMesh, who: Credentials): Promise<Credentials & { bundle: TrustBundle }> {
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { enroll } = mesh.clients(who)
   const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })
   const bundle = identity!.trustBundle!

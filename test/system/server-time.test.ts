@@ -1,7 +1,8 @@
 /** Every answer carries the server's time, whatever kind of call it ends and however that ends. */
 import { Client, credentials, type StatusObject, status } from '@grpc/grpc-js'
 import test from 'ava'
-import { type EdgeMesh, freshCsr, newKey, shared, startEdgeMesh, type TestDevice, unary } from '../support/edgemesh.ts'
+import { createKey } from '../../src/agent/csr.ts'
+import { type EdgeMesh, freshCsr, shared, startEdgeMesh, type TestDevice, unary } from '../support/edgemesh.ts'
 
 type Setting = EdgeMesh & { device: TestDevice; client(): Client }
 
@@ -61,7 +62,7 @@ const calls: Record<string, [code: keyof typeof status, call: (mesh: Setting) =>
     'OK',
     async mesh => {
       const { enroll } = mesh.clients(mesh.anonymous)
-      const [token, csr] = [await mesh.token(), await freshCsr(enroll, newKey())]
+      const [token, csr] = [await mesh.token(), await freshCsr(enroll, createKey())]
       return enroll.enroll({ token, csr, device: undefined, sentAt: undefined })
     },
   ],

@@ -4,10 +4,10 @@
  */
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
-import { signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import type { EnrollServiceClient } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
-import { clientsOf, type EdgeMesh, newKey, noTokenRequest, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { clientsOf, type EdgeMesh, noTokenRequest, startEdgeMesh, unary } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
 import { relay } from '../support/relay.ts'
 
@@ -206,7 +206,7 @@ async function scene(t: ExecutionContext): Promise<Scene> {
   const mesh = await startEdgeMesh(t, {}, undefined, () => time.now)
   const other = await startEdgeMesh(t, { DATABASE_URL: mesh.databaseUrl }, undefined, () => time.now)
   // Its certificate has to last for all the lives, whose time only moves on.
-  const keyPem = newKey()
+  const keyPem = createKey()
   const csr = signingRequestFor(keyPem)
   const operator = await mesh.server.issueOperator({ name: 'oldie', role: 'admin', csr, validityMs: 20_000 * hour })
   const clients = await Promise.all(
@@ -219,7 +219,7 @@ async function scene(t: ExecutionContext): Promise<Scene> {
     ),
   )
   const { admin } = mesh.clients({ ...mesh.anonymous, certificatePem: operator.certificatePem, keyPem })
-  return { time, mesh, admin, clients, keys: Array.from({ length: keys }, newKey) }
+  return { time, mesh, admin, clients, keys: Array.from({ length: keys }, createKey) }
 }
 
 async function live(t: ExecutionContext, { time, mesh, admin, clients, keys }: Scene, steps: Step[], prefix: string) {

@@ -1,29 +1,28 @@
 import { X509Certificate } from 'node:crypto'
 import test, { type ExecutionContext } from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import type { CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
   clientsOf,
   type EdgeMesh,
+  enrollClientOf,
   enrollOnce,
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
   startSecondInstance,
+  tokenIdOf,
   unary,
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
 import { relay } from '../support/relay.ts'
 
 const mesh = sharedEdgeMesh(test)
-
-const idOf = (token: string) => token.split('.')[1] as string
-const enrollOf = (at: Pick<EdgeMesh, 'clients' | 'anonymous'>) => at.clients(at.anonymous).enroll
 
 /** The client of a device that calls from that address. */
 async function callingFrom(t: ExecutionContext, at: EdgeMesh, address: string) {
@@ -46,7 +45,7 @@ async function refusalsCounted(at: EdgeMesh, outcome: string): Promise<number> {
 }
 
 async function usesOf(token: string): Promise<number> {
-  const { rows } = await mesh().pool.query('select uses from enrollment_tokens where id = $1', [idOf(token)])
+  const { rows } = await mesh().pool.query('select uses from enrollment_tokens where id = $1', [tokenIdOf(token)])
   return rows[0].uses
 }
 
@@ -72,7 +71,7 @@ test('a reusable token enrolls one device after another, until it expires', asyn
   for (let device = 0; device < 4; device++) ids.push((await mesh().enroll({ token })).identity.deviceId)
   t.is(new Set(ids).size, 4)
   t.is(await usesOf(token), 4)
-  await mesh().pool.query('update enrollment_tokens set expires_at = now() where id = $1', [idOf(token)])
+  await mesh().pool.query('update enrollment_tokens set expires_at = now() where id = $1', [tokenIdOf(token)])
   t.is((await refused(mesh().enroll({ token }))).reason, 'TOKEN_EXPIRED')
 })
 
@@ -90,19 +89,21 @@ test('a token for a pattern of ids enrolls devices that name one that matches', 
 test('a token for a network enrolls devices that call from there, and no others', async t => {
   const token = await mesh().token({ sourceNetworks: ['192.0.2.0/24', '127.0.0.8/31'], usesMax: 5 })
   const [inside, outside] = [await callingFrom(t, mesh(), '127.0.0.9'), await callingFrom(t, mesh(), '127.0.0.10')]
-  const keyPem = newKey()
+  const keyPem = createKey()
   t.truthy(await enrollOnce(inside, token, keyPem))
-  const other = await refused(enrollOnce(outside, token, newKey()))
+  const other = await refused(enrollOnce(outside, token, createKey()))
   t.deepEqual([other.code, other.reason], ['PERMISSION_DENIED', 'TOKEN_FOR_OTHER_NETWORK'])
   const moved = await refused(enrollOnce(outside, token, keyPem))
   t.is(moved.reason, 'TOKEN_FOR_OTHER_NETWORK', 'nor does who has moved away get it again')
-  t.like(await eventOf(mesh(), `token/${idOf(token)}`, 'TOKEN_FOR_OTHER_NETWORK'), { source_address: '127.0.0.10' })
+  t.like(await eventOf(mesh(), `token/${tokenIdOf(token)}`, 'TOKEN_FOR_OTHER_NETWORK'), {
+    source_address: '127.0.0.10',
+  })
   t.is(await usesOf(token), 1)
 })
 
 test('a key that has redeemed a token for one device is not made another by it', async t => {
   const token = await mesh().token({ usesMax: 5 })
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ token, keyPem, device: { id: 'saw-1' } })
   const other = await refused(mesh().enroll({ token, keyPem, device: { id: 'saw-2' } }))
   t.is(other.reason, 'TOKEN_FOR_OTHER_DEVICE')
@@ -122,7 +123,7 @@ for (const [reason, code, create, device] of [
     const token = await mesh().token(create)
     const seen = await refused(mesh().enroll({ token, device }))
     t.deepEqual([seen.code, seen.reason], [code, reason])
-    t.like(await eventOf(mesh(), `token/${idOf(token)}`, reason), { code, source_address: '127.0.0.1' })
+    t.like(await eventOf(mesh(), `token/${tokenIdOf(token)}`, reason), { code, source_address: '127.0.0.1' })
     t.true((await refusalsCounted(mesh(), reason.toLowerCase())) > before)
     t.is(await usesOf(token), 0)
   })
@@ -135,7 +136,7 @@ for (const [reason, code, usesMax] of [
   test(`${reason}: the record says who used the token first, when and from where; who comes too late is not told`, async t => {
     const before = await refusalsCounted(mesh(), reason.toLowerCase())
     const token = await mesh().token({ usesMax })
-    const first = await enrollOnce(await callingFrom(t, mesh(), '127.0.0.20'), token, newKey())
+    const first = await enrollOnce(await callingFrom(t, mesh(), '127.0.0.20'), token, createKey())
     for (let use = 1; use < usesMax; use++) await mesh().enroll({ token })
     const seen = await refused(mesh().enroll({ token }))
     t.deepEqual([seen.code, seen.reason], [code, reason])
@@ -145,7 +146,7 @@ for (const [reason, code, usesMax] of [
       `select to_json(redeemed_at at time zone 'UTC') #>> '{}' as at from token_redemptions where device_id = $1`,
       [first.deviceId],
     )
-    const event = await eventOf(mesh(), `token/${idOf(token)}`, reason)
+    const event = await eventOf(mesh(), `token/${tokenIdOf(token)}`, reason)
     const at = new Date(Date.parse(`${rows[0]?.at}Z`)).toISOString()
     t.deepEqual(event?.detail.first_use, { at, from: '127.0.0.20', device: first.deviceId })
     t.true((await refusalsCounted(mesh(), reason.toLowerCase())) > before)
@@ -154,7 +155,7 @@ for (const [reason, code, usesMax] of [
 
 test('a device that was deleted does not come back by the token that it has used', async t => {
   const token = await mesh().token({ usesMax: 3 })
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ token, keyPem, device: { id: 'drill-1' } })
   await deleteDevice('drill-1')
   const gone = await refused(mesh().enroll({ token, keyPem }))
@@ -180,7 +181,7 @@ test('a device that was deleted does not come back by the token that it has used
 
 test('a device that was revoked is told so when it repeats its call, and stays revoked', async t => {
   const token = await mesh().token({ usesMax: 3 })
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ token, keyPem, device: { id: 'drill-2' } })
   await unary(mesh().admin, 'revokeDevice', { id: 'drill-2', reason: '' })
   t.is((await refused(mesh().enroll({ token, keyPem }))).reason, 'DEVICE_REVOKED')
@@ -192,25 +193,25 @@ test('a device that was revoked is told so when it repeats its call, and stays r
 
 test('a call is good for an hour after the device has come in, though its token lasts a minute', async t => {
   const token = await mesh().token({ lifetime: { seconds: 60, nanos: 0 } })
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { identity } = await mesh().enroll({ token, keyPem })
   await mesh().pool.query(`update enrollment_tokens set expires_at = now() - interval '1 second' where id = $1`, [
-    idOf(token),
+    tokenIdOf(token),
   ])
   t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, identity.deviceId)
   await mesh().pool.query(
     `update token_redemptions set redeemed_at = redeemed_at - interval '1 hour', completed_at = completed_at - interval '1 hour'
      where token_id = $1`,
-    [idOf(token)],
+    [tokenIdOf(token)],
   )
   t.is((await refused(mesh().enroll({ token, keyPem }))).reason, 'TOKEN_EXPIRED')
 })
 
 test('a redemption that an instance of the version before has made is complete', async t => {
   const asBefore = (token: string, set: string) =>
-    mesh().pool.query(`update token_redemptions set completed_at = null ${set} where token_id = $1`, [idOf(token)])
+    mesh().pool.query(`update token_redemptions set completed_at = null ${set} where token_id = $1`, [tokenIdOf(token)])
   const token = await mesh().token({ lifetime: { seconds: 60, nanos: 0 } })
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { identity } = await mesh().enroll({ token, keyPem })
   await asBefore(token, '')
   t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, identity.deviceId)
@@ -222,7 +223,7 @@ test('a redemption that an instance of the version before has made is complete',
   t.is((await refused(mesh().enroll({ token: gone, keyPem }))).reason, 'DEVICE_DELETED')
 
   await asBefore(token, `, redeemed_at = now() - interval '2 hours'`)
-  await mesh().pool.query('update enrollment_tokens set expires_at = now() where id = $1', [idOf(token)])
+  await mesh().pool.query('update enrollment_tokens set expires_at = now() where id = $1', [tokenIdOf(token)])
   t.is((await refused(mesh().enroll({ token, keyPem }))).reason, 'TOKEN_EXPIRED')
 })
 
@@ -233,15 +234,15 @@ test('refused attempts with a token are limited, wherever they come from; who ma
   const guessed = [version, id, Buffer.alloc(32, 7).toString('base64url'), pin].join('.')
   const from = (host: number) => callingFrom(t, limited, `127.0.0.${host}`)
   for (const host of [31, 32, 33]) {
-    t.is((await refused(enrollOnce(await from(host), guessed, newKey()))).reason, 'TOKEN_SECRET_WRONG')
+    t.is((await refused(enrollOnce(await from(host), guessed, createKey()))).reason, 'TOKEN_SECRET_WRONG')
   }
-  const fourth = await refused(enrollOnce(await from(34), guessed, newKey()))
+  const fourth = await refused(enrollOnce(await from(34), guessed, createKey()))
   t.deepEqual([fourth.code, fourth.reason], ['RESOURCE_EXHAUSTED', 'RATE_LIMITED'])
   t.true((fourth.retryAfterMs ?? 0) > 0)
   t.like((await eventOf(limited, `token/${id}`, 'RATE_LIMITED'))?.detail, { refused: 'TOKEN_SECRET_WRONG' })
 
-  for (const host of [35, 36, 37]) t.truthy(await enrollOnce(await from(host), token, newKey()))
-  t.is((await refused(enrollOnce(await from(38), token, newKey()))).reason, 'RATE_LIMITED')
+  for (const host of [35, 36, 37]) t.truthy(await enrollOnce(await from(host), token, createKey()))
+  t.is((await refused(enrollOnce(await from(38), token, createKey()))).reason, 'RATE_LIMITED')
   t.false(JSON.stringify(await eventOf(limited, `token/${id}`, 'RATE_LIMITED')).includes(secret as string))
 })
 
@@ -252,8 +253,9 @@ test('a crowd with one token, stuck at its lock, leaves the database to everybod
   const crowd = []
   try {
     await holder.query('begin')
-    await holder.query('select from enrollment_tokens where id = $1 for update', [idOf(token)])
-    for (let at = 0; at < 10; at++) crowd.push(await startEnroll(t, enrollOf(small), { token, keyPem: newKey() }))
+    await holder.query('select from enrollment_tokens where id = $1 for update', [tokenIdOf(token)])
+    for (let at = 0; at < 10; at++)
+      crowd.push(await startEnroll(t, enrollClientOf(small), { token, keyPem: createKey() }))
     await eventually('one waits for the lock', async () => {
       const { rows } = await small.pool.query(
         `select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`,
@@ -261,7 +263,7 @@ test('a crowd with one token, stuck at its lock, leaves the database to everybod
       return rows.length === 1
     })
     for (let round = 0; round < 20; round++) {
-      const { token: shown } = await unary(small.admin, 'getEnrollmentToken', { id: idOf(token) })
+      const { token: shown } = await unary(small.admin, 'getEnrollmentToken', { id: tokenIdOf(token) })
       t.is(shown?.uses, 0)
     }
   } finally {
@@ -276,18 +278,18 @@ test('a crowd with one token, stuck at its lock, leaves the database to everybod
 test('a captured request is worth nothing: with its token, with another, at another instance, ten times at once', async t => {
   const other = await startSecondInstance(t, mesh())
   const token = await mesh().token({ usesMax: 20 })
-  const keyPem = newKey()
-  const csr = await freshCsr(enrollOf(mesh()), keyPem)
+  const keyPem = createKey()
+  const csr = await freshCsr(enrollClientOf(mesh()), keyPem)
   const certificates = async () => {
     const { rows } = await mesh().pool.query(
       `select count(*)::int from certificates c join token_redemptions r on r.public_key_sha256 = c.public_key_sha256
        where r.token_id = $1`,
-      [idOf(token)],
+      [tokenIdOf(token)],
     )
     return rows[0].count
   }
   const outcomeOf = async (at: EdgeMesh, token: string) => {
-    const call = await startEnroll(t, enrollOf(at), { token, keyPem, csr })
+    const call = await startEnroll(t, enrollClientOf(at), { token, keyPem, csr })
     return call.outcome()
   }
   const racing = await Promise.all(Array.from({ length: 10 }, (_, at) => outcomeOf(at % 2 ? mesh() : other, token)))
@@ -300,30 +302,30 @@ test('a captured request is worth nothing: with its token, with another, at anot
   }
   t.is(await certificates(), 1)
   t.is(await usesOf(token), 1)
-  const event = await eventOf(mesh(), `token/${idOf(token)}`, 'CSR_REPLAYED')
+  const event = await eventOf(mesh(), `token/${tokenIdOf(token)}`, 'CSR_REPLAYED')
   t.deepEqual(event?.detail, {}, 'on record with its token, and with nothing that did not come to be')
   const { rows } = await mesh().pool.query(
     `select count(*)::int from devices where public_key_sha256 =
        (select public_key_sha256 from token_redemptions where token_id = $1)`,
-    [idOf(token)],
+    [tokenIdOf(token)],
   )
   t.is(rows[0].count, 1, 'nor did it make a device')
 })
 
 test('a request that was captured while its device waits for approval becomes one certificate at most', async t => {
   const token = await mesh().token({ requiresApproval: true })
-  const keyPem = newKey()
-  const csr = await freshCsr(enrollOf(mesh()), keyPem)
+  const keyPem = createKey()
+  const csr = await freshCsr(enrollClientOf(mesh()), keyPem)
   const device = { id: 'bench-1' }
   const [owner, thief] = [
-    await startEnroll(t, enrollOf(mesh()), { token, keyPem, csr, device }),
-    await startEnroll(t, enrollOf(mesh()), { token, keyPem, csr, device }),
+    await startEnroll(t, enrollClientOf(mesh()), { token, keyPem, csr, device }),
+    await startEnroll(t, enrollClientOf(mesh()), { token, keyPem, csr, device }),
   ]
   await Promise.all([owner.pending(), thief.pending()])
   await change(`update devices set status = 'active' where id = $1`, ['bench-1'], 'device:bench-1')
   const ends = await Promise.all([owner.outcome(), thief.outcome()])
   t.deepEqual(ends.sort(), ['CSR_REPLAYED', 'identity'])
-  t.truthy(await enrollOnce(enrollOf(mesh()), token, keyPem), 'the owner asks again, with a request signed anew')
+  t.truthy(await enrollOnce(enrollClientOf(mesh()), token, keyPem), 'the owner asks again, with a request signed anew')
 })
 
 // ── Revoked with all that it has enrolled ──────────────────────────────────────────────────────────────────────────
@@ -341,7 +343,7 @@ test('a token is revoked with its devices: out at every instance, their streams 
   await unary(mesh().admin, 'revokeDevice', { id: 'van-2', reason: 'sold' })
 
   const answer = await unary(mesh().admin, 'revokeEnrollmentToken', {
-    id: idOf(token),
+    id: tokenIdOf(token),
     revokeDevices: true,
     reason: 'posted in a chat',
   })
@@ -361,27 +363,31 @@ test('a token is revoked with its devices: out at every instance, their streams 
   )
   const serial = new X509Certificate(devices[0]?.certificatePem ?? '').serialNumber.toLowerCase()
   await eventually('the revocation list of the other instance names it', async () => {
-    const { trustBundle } = await unary(enrollOf(other), 'getTrustBundle', {})
+    const { trustBundle } = await unary(enrollClientOf(other), 'getTrustBundle', {})
     return trustBundle?.crlDer.toString('hex').includes(serial)
   })
   const { rows } = await mesh().pool.query(
     `select detail from audit_events where method like '%/RevokeEnrollmentToken' and target = $1`,
-    [`token/${idOf(token)}`],
+    [`token/${tokenIdOf(token)}`],
   )
   t.deepEqual(rows, [{ detail: { reason: 'posted in a chat', devices: ['van-1'], devices_revoked: 1 } }])
 
-  const again = await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token), revokeDevices: true, reason: '' })
+  const again = await unary(mesh().admin, 'revokeEnrollmentToken', {
+    id: tokenIdOf(token),
+    revokeDevices: true,
+    reason: '',
+  })
   t.is(again.devicesRevoked, 0, 'once is enough')
 })
 
 test('devices are revoked with a token that was revoked before; a device of the same name that came later is not', async t => {
   const token = await mesh().token({ usesMax: 5 })
   for (const id of ['cart-1', 'cart-2']) await mesh().enroll({ token, device: { id } })
-  await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token) })
+  await unary(mesh().admin, 'revokeEnrollmentToken', { id: tokenIdOf(token) })
   await deleteDevice('cart-2')
   const later = await mesh().enroll({ device: { id: 'cart-2' } })
   const { devicesRevoked } = await unary(mesh().admin, 'revokeEnrollmentToken', {
-    id: idOf(token),
+    id: tokenIdOf(token),
     revokeDevices: true,
     reason: 'late',
   })
@@ -394,7 +400,7 @@ test('however many devices redeem a token at two instances while it is revoked w
   for (let round = 0; round < 5; round++) {
     const token = await mesh().token({ usesMax: 100 })
     const racers = Array.from({ length: 16 }, (_, at) =>
-      enrollOnce(enrollOf(at % 2 ? mesh() : other), token, newKey()).then(
+      enrollOnce(enrollClientOf(at % 2 ? mesh() : other), token, createKey()).then(
         identity => identity.deviceId,
         () => undefined,
       ),
@@ -403,7 +409,7 @@ test('however many devices redeem a token at two instances while it is revoked w
     await eventually('the first redemption', async () => (await usesOf(token)) > 0)
     const revocations = await Promise.all(
       [mesh(), other].map(at =>
-        unary(at.admin, 'revokeEnrollmentToken', { id: idOf(token), revokeDevices: true, reason: 'stolen' }),
+        unary(at.admin, 'revokeEnrollmentToken', { id: tokenIdOf(token), revokeDevices: true, reason: 'stolen' }),
       ),
     )
     const enrolled = (await Promise.all(racers)).filter(id => id !== undefined)
@@ -412,7 +418,7 @@ test('however many devices redeem a token at two instances while it is revoked w
       `select d.id, d.status, (select count(*)::int from certificates c where c.subject_id = d.id and c.revoked_at is null)
          as standing
        from devices d join token_redemptions r on r.device_id = d.id where r.token_id = $1`,
-      [idOf(token)],
+      [tokenIdOf(token)],
     )
     t.true(rows.length > 0 && rows.length === (await usesOf(token)))
     t.true(enrolled.every(id => rows.some(row => row.id === id)))
