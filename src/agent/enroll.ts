@@ -19,7 +19,7 @@ import {
 } from '../gen/edgemesh/v1/enroll.ts'
 import { DeviceDescription, type TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
-import { parseToken } from '../identity/tokens.ts'
+import { parseToken } from '../identity/token-text.ts'
 import { answerOf, type ChannelTarget, type Credentials, channelTo, type Server } from './channel.ts'
 import { createKey, signingRequestFor } from './csr.ts'
 import { pinnedTrustBundle } from './first-contact.ts'

@@ -19,7 +19,7 @@ import type { Issuance, SignedCertificate, Subject } from './issuance.ts'
 import type { Redeemed, Redemptions } from './redemption.ts'
 import { formatSpiffeId } from './spiffe-id.ts'
 import { demandFitting, demandUsable, type Token, tokenState } from './token-rules.ts'
-import { parseToken, secretMatches } from './tokens.ts'
+import { parseToken, secretMatches } from './token-text.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
 
 export type EnrollDeps = {

@@ -7,7 +7,7 @@ import {
 } from '../../src/gen/edgemesh/v1/admin.ts'
 import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
 import { EnrollmentToken, TokenRedemption } from '../../src/identity/entities.ts'
-import { parseToken, secretMatches } from '../../src/identity/tokens.ts'
+import { parseToken, secretMatches } from '../../src/identity/token-text.ts'
 import { allPages, invalid, operator, refused, start, tokenSecret } from './operator.ts'
 
 const create = CreateEnrollmentTokenRequest.fromPartial

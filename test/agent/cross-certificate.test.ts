@@ -21,7 +21,7 @@ import {
 import { TrustBundle } from '../../src/gen/edgemesh/v1/types.ts'
 import { issueLeaf, newSerial, openIssuer } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
-import { mintToken } from '../../src/identity/tokens.ts'
+import { mintToken } from '../../src/identity/token-text.ts'
 import { keySha256 } from './fleet-server.ts'
 import { serveAs } from './small-server.ts'
 

@@ -16,7 +16,7 @@ import type { Authority } from '../../src/identity/certificate-authority.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { encodePem } from '../../src/identity/pem.ts'
-import { mintToken } from '../../src/identity/tokens.ts'
+import { mintToken } from '../../src/identity/token-text.ts'
 import { rootsOf, serve, smallAuthority } from './small-server.ts'
 
 const authority = await smallAuthority()

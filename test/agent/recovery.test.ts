@@ -2,7 +2,7 @@ import test, { type ExecutionContext } from 'ava'
 import { describeCallError } from '../../src/agent/channel.ts'
 import { loadState } from '../../src/agent/state.ts'
 import { Fault } from '../../src/fault.ts'
-import { mintToken } from '../../src/identity/tokens.ts'
+import { mintToken } from '../../src/identity/token-text.ts'
 import { bundleOf, fleetServer, keySha256, unauthenticated, unavailable } from './fleet-server.ts'
 import { type RunningAgent, startAgent } from './running-agent.ts'
 import { deviceCredentials, serverCertificate, smallAuthority } from './small-server.ts'
@@ -125,7 +125,10 @@ test('a certificate that expires while a device changes over is shown once more,
 // ── A token that is new ────────────────────────────────────────────────────────────────────────────────────────────
 
 const ends = ['DEVICE_DELETED', 'CERTIFICATE_RETIRED', 'CERTIFICATE_REVOKED']
-const tokenOf = (id?: string) => mintToken({ rootKeySha256: authority.rootKeySha256, ...(id && { id }) }).text
+const tokenOf = (tokenId?: string) => {
+  const { text, id } = mintToken({ rootKeySha256: authority.rootKeySha256 })
+  return text.replace(id, tokenId || id)
+}
 
 /** A server that knows alpha no more, until it has enrolled again. */
 function forgetful(t: ExecutionContext, reason: string) {

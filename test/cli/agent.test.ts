@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import test, { type ExecutionContext } from 'ava'
 import { saveState } from '../../src/agent/state.ts'
-import { mintToken } from '../../src/identity/tokens.ts'
+import { mintToken } from '../../src/identity/token-text.ts'
 import { bundleOf, fleetServer, unauthenticated } from '../agent/fleet-server.ts'
 import { deviceCredentials, smallAuthority } from '../agent/small-server.ts'
 

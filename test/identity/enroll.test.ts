@@ -5,7 +5,7 @@ import type { EnrollResponse } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from '../../src/identity/enroll.ts'
 import type { Redeemed } from '../../src/identity/redemption.ts'
-import { hashSecret, mintToken, parseToken } from '../../src/identity/tokens.ts'
+import { hashSecret, mintToken, parseToken } from '../../src/identity/token-text.ts'
 import { newCall } from '../admin/operator.ts'
 import { storedToken } from '../support/stored-token.ts'
 

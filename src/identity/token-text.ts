@@ -11,7 +11,7 @@
 import { createHmac, randomBytes, timingSafeEqual } from 'node:crypto'
 import { Fault } from '../fault.ts'
 
-export type EnrollmentToken = {
+export type ParsedToken = {
   /** 12 lower-case hex digits. */
   id: string
   /** 32 bytes. */
@@ -30,22 +30,16 @@ const sha256HexPattern = /^[0-9a-f]{64}$/
 /** 3 + 12 + 43 + 43 characters and 3 dots. */
 const textLength = 104
 
-/** @param id given only to renew the secret of a token that exists */
-export function mintToken({ id, rootKeySha256 }: { id?: string; rootKeySha256: string }): {
-  text: string
-  id: string
-  secret: Buffer
-} {
-  const tokenId = id ?? randomBytes(idBytes).toString('hex')
-  if (!idPattern.test(tokenId)) throw new RangeError('a token id is 12 lower-case hex digits')
+export function mintToken({ rootKeySha256 }: { rootKeySha256: string }): { text: string; id: string; secret: Buffer } {
   if (!sha256HexPattern.test(rootKeySha256)) throw new RangeError('rootKeySha256 is 64 lower-case hex digits')
+  const id = randomBytes(idBytes).toString('hex')
   const secret = randomBytes(secretBytes)
   const pin = Buffer.from(rootKeySha256, 'hex').toString('base64url')
-  return { text: `${version}.${tokenId}.${secret.toString('base64url')}.${pin}`, id: tokenId, secret }
+  return { text: `${version}.${id}.${secret.toString('base64url')}.${pin}`, id, secret }
 }
 
 /** Blanks around the text are forgiven, since it is pasted. @throws Fault INVALID_ARGUMENT TOKEN_MALFORMED */
-export function parseToken(text: string): EnrollmentToken {
+export function parseToken(text: string): ParsedToken {
   // Looked at from the length on, so that a megabyte of blanks costs nothing.
   const trimmed = text.length <= 2 * textLength ? text.trim() : ''
   const [prefix, id = '', secretText = '', pinText = '', ...more] = trimmed.split('.')
