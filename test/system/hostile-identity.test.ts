@@ -3,6 +3,7 @@ import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Socket } from 'node:net'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
+import { createKey } from '../../src/agent/csr.ts'
 import { AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
 import { bitString, decodeDer, integer, sequence } from '../../src/identity/der.ts'
 import { heartbeats } from '../support/device.ts'
@@ -12,7 +13,6 @@ import {
   eventually,
   freshCsr,
   healthy,
-  newKey,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
@@ -81,7 +81,7 @@ function withTheOtherSignature(csr: Buffer): Buffer {
 
 test('a captured request is not good again under the other signature that anybody can make of its own', async t => {
   const token = await mesh().token({ usesMax: 5 })
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { enroll } = mesh().clients(mesh().anonymous)
   const csr = await freshCsr(enroll, keyPem)
   await (await startEnroll(t, enroll, { token, keyPem, csr })).identity()
@@ -105,13 +105,13 @@ test('an authority is not forgotten while a device has its newest certificate of
   await heartbeats(t, own, device).beat(healthy)
   await rotating(own, [Stage.PUBLISHED, Stage.ISSUING])
   const { enroll } = own.clients(device)
-  await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) })
+  await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) })
   await rotating(own, [Stage.PUBLISHED])
   const back = await refused(unary(own.admin, 'rotateAuthority', { stage: Stage.STABLE, force: false }))
   t.is(back.reason, 'ROTATION_NOT_READY')
   t.regex(back.message, /^1 devices and operators hold certificates/)
   // Renewed back, it needs the other one no more.
-  await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) })
+  await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) })
   await unary(own.admin, 'rotateAuthority', { stage: Stage.STABLE, force: false })
 })
 
@@ -144,7 +144,7 @@ test('a holder that renews without end comes to one', async t => {
   const own = await startEdgeMesh(t, { RATE_LIMIT_ENROLLMENTS: '3/minute' })
   const device = await own.enroll()
   const { enroll } = own.clients(device)
-  const renew = async () => unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, newKey()) })
+  const renew = async () => unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, createKey()) })
   for (let count = 0; count < 3; count++) await renew()
   t.is((await refused(renew())).reason, 'RATE_LIMITED')
 
@@ -154,6 +154,6 @@ test('a holder that renews without end comes to one', async t => {
      select 'kept-' || n, 'device', 'patient', '', now(), now() + interval '1 hour', now() from generate_series(1, 63) n`,
   )
   const client = mesh().clients(patient).enroll
-  const csr = await freshCsr(client, newKey())
+  const csr = await freshCsr(client, createKey())
   t.is((await refused(unary(client, 'renewCertificate', { csr }))).reason, 'TOO_MANY_CERTIFICATES')
 })
