@@ -385,13 +385,7 @@ within_hours if {
 }
 
 refusals contains reason(
-	"OUTSIDE_HOURS", "time",
-	concat(" ", [input.time.weekday, clock_text(input.time.minute), input.hours.timezone]),
-	concat(" ", [
-		concat(",", [day | some day in input.hours.days; is_string(day)]),
-		concat("-", [clock_text(input.hours.start_minute), clock_text(input.hours.end_minute)]),
-		input.hours.timezone,
-	]),
+	"OUTSIDE_HOURS", "time", time_text, hours_text,
 	"Access is limited to certain hours, and this is not one of them.",
 ) if {
 	clock_used
@@ -399,6 +393,14 @@ refusals contains reason(
 	time_is_given
 	not within_hours
 }
+
+time_text := concat(" ", [input.time.weekday, clock_text(input.time.minute), input.hours.timezone])
+
+hours_text := concat(" ", [
+	concat(",", [day | some day in input.hours.days; is_string(day)]),
+	concat("-", [clock_text(input.hours.start_minute), clock_text(input.hours.end_minute)]),
+	input.hours.timezone,
+])
 
 # 615 reads 10:15
 clock_text(minute) := concat(":", [two_digits(floor(minute / 60)), two_digits(minute % 60)])

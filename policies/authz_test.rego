@@ -108,3 +108,64 @@ test_a_deny_without_refusals_still_has_a_reason if {
 	decision.allow == false
 	[reason.code | some reason in decision.reasons] == ["INPUT_INVALID"]
 }
+
+# The explanation and the decision are written apart too; they agree on every case.
+test_a_question_is_allowed_exactly_when_every_rule_of_its_explanation_holds if {
+	every c in authz_cases {
+		explanation := authz.explanation with input as c.input
+		count(explanation) == 18
+		failing := [finding | some finding in explanation; not finding.holds]
+		count(failing) == 0 == c.want.allow
+	}
+}
+
+authz_cases := [c | some c in data.cases; c.entrypoint == "authz"; is_object(c.input)]
+
+# `requirements.x` and `hours` are facts that make another rule fail: the one that they are for.
+unexplained contains [c.name, refusal.field] if {
+	some c in authz_cases
+	explanation := authz.explanation with input as c.input
+	refusals := authz.refusals with input as c.input
+	some refusal in refusals
+	not startswith(refusal.field, "requirements.")
+	refusal.field != "hours"
+	not refusal.field in {finding.field | some finding in explanation; not finding.holds}
+}
+
+test_what_stands_against_an_allow_fails_in_its_explanation if unexplained == set()
+
+found(field, question) := finding if {
+	explanation := authz.explanation with input as question
+	some finding in explanation
+	finding.field == field
+}
+
+test_an_explanation_names_what_is_required_and_what_there_is if {
+	found("device.health.cpu_percent", good) == {
+		"field": "device.health.cpu_percent", "actual": "31.5", "required": "< 90", "holds": true,
+	}
+	found("device.health.disk_encrypted", with_health({"disk_encrypted": null})) == {
+		"field": "device.health.disk_encrypted", "actual": "unknown", "required": "true", "holds": false,
+	}
+	found("time", at("sat", 485, 0)) == {
+		"field": "time", "actual": "sat 08:05 UTC", "required": "mon,tue,wed,thu,fri 08:00-18:00 UTC", "holds": false,
+	}
+}
+
+test_an_explanation_says_what_is_not_required if {
+	found("device.health.disk_percent", good).required == "anything"
+	found("device.health.firewall_enabled", with_health({"firewall_enabled": false})) == {
+		"field": "device.health.firewall_enabled", "actual": "false", "required": "anything", "holds": true,
+	}
+	found("time", object.union(good, {"hours": null})).required == "any"
+	found("time", object.union(good, {"hours": null})).actual == "mon 10:15"
+	found("time", object.union(good, {"user": {"role": "admin"}})).required == "any, as role admin"
+}
+
+test_an_explanation_says_what_is_not_given if {
+	bare := {"device": {}, "requirements": {}, "hours": {}}
+	every field in {"device.health.age_seconds", "device.health.disk_encrypted", "device.health.cpu_percent", "time"} {
+		found(field, bare).required == "given, and it is not"
+		found(field, bare).holds == false
+	}
+}

@@ -19,7 +19,7 @@ import {
 import { tmpdir } from 'node:os'
 import { delimiter, join } from 'node:path'
 
-const entrypoints = ['edgemesh/authz/decision', 'edgemesh/admin/decision']
+const entrypoints = ['edgemesh/authz/decision', 'edgemesh/authz/explanation', 'edgemesh/admin/decision']
 const policyDirectory = import.meta.dirname
 
 /** What stands beside the artefact: which sources it was made of, and by what. */
@@ -55,32 +55,45 @@ function isExecutable(path: string): boolean {
 
 /** Compiles the sources with `opa` and writes artefact and manifest into `outputDirectory`. */
 export function buildPolicy(opa: string, outputDirectory: string): PolicyManifest {
-  const sources = listSources()
+  const sources = listSources(policyDirectory)
   const manifest: PolicyManifest = {
-    revision: revisionOf(sources),
+    revision: revisionOf(policyDirectory, sources),
     entrypoints,
     opa: versionOf(opa),
-    sources: Object.fromEntries(sources.map(source => [source, `sha256:${sha256(readSource(source))}`])),
+    sources: Object.fromEntries(
+      sources.map(source => [source, `sha256:${sha256(readSource(policyDirectory, source))}`]),
+    ),
   }
   mkdirSync(outputDirectory, { recursive: true })
-  compile(opa, sources, join(outputDirectory, 'policy.wasm'))
+  writeFileSync(join(outputDirectory, 'policy.wasm'), compile(opa, policyDirectory, sources, entrypoints))
   writeFileSync(join(outputDirectory, 'manifest.json'), `${JSON.stringify(manifest, undefined, 2)}\n`)
   return manifest
 }
 
+/**
+ * Compiles a policy that is not the shipped one, for its decisions alone.
+ *
+ * @throws Error with what `opa` says against it, where it is to be found in `stderr`
+ */
+export function compileDecisions(opa: string, directory: string): { compiled: Buffer; revision: string } {
+  const sources = listSources(directory)
+  const compiled = compile(opa, directory, sources, ['edgemesh/authz/decision'])
+  return { compiled, revision: revisionOf(directory, sources) }
+}
+
 /** Everything but tests, and but the policy that guards an OPA server, which has no meaning without one. */
-function listSources(): string[] {
-  return readdirSync(policyDirectory)
+export function listSources(directory: string): string[] {
+  return readdirSync(directory)
     .filter(name => name.endsWith('.rego') && !name.endsWith('_test.rego') && name !== 'opa-system.rego')
     .sort()
 }
 
-function readSource(name: string): string {
-  return readFileSync(join(policyDirectory, name), 'utf8')
+function readSource(directory: string, name: string): string {
+  return readFileSync(join(directory, name), 'utf8')
 }
 
-function revisionOf(sources: string[]): string {
-  return sha256(sources.map(source => `${source}\n${readSource(source)}`).join('\n')).slice(0, 12)
+function revisionOf(directory: string, sources: string[]): string {
+  return sha256(sources.map(source => `${source}\n${readSource(directory, source)}`).join('\n')).slice(0, 12)
 }
 
 function sha256(text: string): string {
@@ -93,15 +106,16 @@ function versionOf(opa: string): string {
   return version
 }
 
-function compile(opa: string, sources: string[], destination: string): void {
+function compile(opa: string, directory: string, sources: string[], asked: string[]): Buffer {
   const workDirectory = mkdtempSync(join(tmpdir(), 'edgemesh-policy-'))
   try {
     const bundle = join(workDirectory, 'bundle.tar.gz')
-    const named = entrypoints.flatMap(entrypoint => ['--entrypoint', entrypoint])
-    execFileSync(opa, ['build', '--target', 'wasm', ...named, '--output', bundle, ...sources], { cwd: policyDirectory })
+    const named = asked.flatMap(entrypoint => ['--entrypoint', entrypoint])
+    const args = ['build', '--target', 'wasm', ...named, '--output', bundle, ...sources]
+    execFileSync(opa, args, { cwd: directory, stdio: 'pipe' })
     // The bundle names its files with a leading slash, which tar drops. It says so, to nobody's use.
     execFileSync('tar', ['-xzf', bundle, '-C', workDirectory], { stdio: 'pipe' })
-    writeFileSync(destination, readFileSync(join(workDirectory, 'policy.wasm')))
+    return readFileSync(join(workDirectory, 'policy.wasm'))
   } finally {
     rmSync(workDirectory, { recursive: true, force: true })
   }

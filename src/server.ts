@@ -340,7 +340,11 @@ async function compose(
           }),
           recoveryMs: settings.identity.recovery.windowMs,
         },
-        policy: { revision: engine.revision, engine: settings.opa.url ? 'opa-server' : 'in-process' },
+        policy: {
+          revision: engine.revision,
+          explain: engine.explain,
+          engine: settings.opa.url ? 'opa-server' : 'in-process',
+        },
       }),
     },
     clock,

@@ -22,7 +22,7 @@ export type Verdict = {
   /** Ask again by then, ms since epoch. */
   expiresAtMs: number
   input: AuthzInput
-  /** `{allow, reasons, input}` as JSON, made once however often the verdict is used. */
+  /** `{allow, reasons, evaluatedAt, expiresAt, input}` as JSON, made once however often the verdict is used. */
   json: string
 }
 
@@ -53,10 +53,11 @@ export function createDecider(options: {
     const policyRevision = engine.revision()
     const input = inputOf(question, ground, facts.maxAgeMs, now)
     const { allow, reasons, validForSeconds } = await engine.evaluate('authz', input)
-    const json = JSON.stringify({ allow, reasons, input })
     // Whole seconds of the policy are cut to the exact moment at which the health turns stale.
     const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
     const expiresAtMs = Math.min(now + validForSeconds * 1_000, staleAtMs)
+    const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
+    const json = JSON.stringify({ allow, reasons, evaluatedAt, expiresAt, input })
     const verdict = { allow, reasons, policyRevision, expiresAtMs, input, json }
     if (engine.revision() === policyRevision) verdicts.set(key, verdict)
     return verdict

@@ -85,6 +85,9 @@ export type DecidedQuestion = {
   action: string
   allow: boolean
   reasons: PolicyReason[]
+  /** ISO 8601: when the input was gathered, and until when the answer held. Rows of older versions have neither. */
+  evaluatedAt?: string
+  expiresAt?: string
   input: AuthzInput
 }
 

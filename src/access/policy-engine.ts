@@ -80,6 +80,9 @@ export type Weekday = 'mon' | 'tue' | 'wed' | 'thu' | 'fri' | 'sat' | 'sun'
 /** What `edgemesh.admin` is asked: the operator of the certificate, and the method by its name in the contract. */
 export type AdminInput = { operator: { name: string; role: string }; method: string }
 
+/** What one rule makes of a question. Where nothing is required, `required` says so, and the rule holds. */
+export type RuleFinding = { field: string; actual: string; required: string; holds: boolean }
+
 export type PolicyInput = { authz: AuthzInput; admin: AdminInput }
 
 export type PolicyEngine = {
@@ -90,6 +93,13 @@ export type PolicyEngine = {
    * it can but its answer is not a decision
    */
   evaluate<E extends PolicyEntrypoint>(entrypoint: E, input: PolicyInput[E]): Promise<PolicyDecision> | PolicyDecision
+  /**
+   * Every rule with what it looked at, in the order in which a person would look. The question is allowed when all hold.
+   * undefined where the policy has no explanation: whoever has written one of their own may do without.
+   *
+   * @throws {Fault} UNAVAILABLE, like `evaluate`
+   */
+  explain(input: AuthzInput): Promise<RuleFinding[] | undefined> | RuleFinding[] | undefined
   /** Whether a question asked now would probably be answered: for /readyz. */
   ready(): boolean
   /** Calls `listener` whenever another policy has taken over: what was decided before may no longer hold. */
@@ -131,4 +141,18 @@ export function parseDecision(document: unknown): PolicyDecision {
   }
   const { allow, reasons, valid_for_seconds, clock_used } = parsed.data
   return { allow, reasons, validForSeconds: valid_for_seconds, clockUsed: clock_used }
+}
+
+const findings = z
+  .array(z.object({ field: z.string(), actual: z.string(), required: z.string(), holds: z.boolean() }))
+  .min(1)
+
+/** Reads how a policy explains itself. @throws {Fault} UNAVAILABLE, `POLICY_INVALID_RESULT` */
+export function parseExplanation(document: unknown): RuleFinding[] | undefined {
+  if (document === undefined) return undefined
+  const parsed = findings.safeParse(document)
+  if (parsed.success) return parsed.data
+  throw new Fault('UNAVAILABLE', 'POLICY_INVALID_RESULT', 'the policy gave no usable explanation', {
+    cause: parsed.error,
+  })
 }

@@ -23,7 +23,13 @@ import {
 import { type Dispatcher, Pool } from 'undici'
 import { z } from 'zod'
 import { Fault } from '../fault.ts'
-import { type PolicyDecision, type PolicyEngine, type PolicyEntrypoint, parseDecision } from './policy-engine.ts'
+import {
+  type PolicyDecision,
+  type PolicyEngine,
+  type PolicyEntrypoint,
+  parseDecision,
+  parseExplanation,
+} from './policy-engine.ts'
 
 const connectionsMax = 64
 /** Asked at once, those included that wait for a connection. At 1 ms an answer, 64 connections clear 1,024 in 16 ms. */
@@ -35,8 +41,9 @@ const decisionBytesMax = 64 * 1024
 /** The list of policies carries the syntax tree of each: about 120 KiB for ours. */
 const policiesBytesMax = 8 * 1024 * 1024
 
-const pathOf: Record<PolicyEntrypoint, string> = {
+const pathOf = {
   authz: 'v1/data/edgemesh/authz/decision',
+  explanation: 'v1/data/edgemesh/authz/explanation',
   admin: 'v1/data/edgemesh/admin/decision',
 }
 
@@ -84,18 +91,19 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
   }
 
   /** One question with its deadline; only a server that is in trouble counts against it. */
-  function ask(entrypoint: PolicyEntrypoint, input: unknown): Promise<Answer> {
+  function ask(what: keyof typeof pathOf, input: unknown): Promise<Answer> {
     const deadline = AbortSignal.timeout(timeoutMs)
     return guarded.execute(async () => {
-      const answer = await request('POST', pathOf[entrypoint], decisionBytesMax, deadline, { input })
+      const answer = await request('POST', pathOf[what], decisionBytesMax, deadline, { input })
       // Not 500: that is one question over which the policy stumbles.
       if ([429, 502, 503, 504].includes(answer.status)) throw new Error(`OPA answered ${answer.status}`)
       return answer
     }, deadline)
   }
 
-  async function evaluate(entrypoint: PolicyEntrypoint, input: unknown): Promise<PolicyDecision> {
-    const answer = await ask(entrypoint, input).catch((cause: unknown) => {
+  /** The document that the policy gives, undefined where it has none: OPA answers 200 then too. */
+  async function resultOf(what: keyof typeof pathOf, input: unknown): Promise<unknown> {
+    const answer = await ask(what, input).catch((cause: unknown) => {
       if (cause instanceof Fault) throw cause
       throw unavailable(
         cause instanceof BrokenCircuitError ? 'was not asked: it has just failed' : 'gave no answer',
@@ -103,8 +111,11 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
       )
     })
     if (answer.status !== 200) throw unavailable(`answered ${answer.status}`)
-    const { result } = readDecisionAnswer(answer)
-    // OPA answers 200 without a result when it has no such policy.
+    return readDecisionAnswer(answer).result
+  }
+
+  async function evaluate(entrypoint: PolicyEntrypoint, input: unknown): Promise<PolicyDecision> {
+    const result = await resultOf(entrypoint, input)
     if (result === undefined) throw unavailable('has no such policy loaded')
     return parseDecision(result)
   }
@@ -153,6 +164,7 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
     // Not the breaker: it leaves its open state only when asked, and nobody asks an instance that is not ready.
     ready: () => isAnswering === true,
     evaluate,
+    explain: async input => parseExplanation(await resultOf('explanation', input)),
     onRevision(listener) {
       listeners.push(listener)
     },
@@ -183,7 +195,8 @@ async function readAnswer({ statusCode, body }: Dispatcher.ResponseData, bytesMa
 }
 
 const decisionAnswer = z.object({
-  result: z.unknown(),
+  /** Absent where OPA has no such policy. */
+  result: z.unknown().optional(),
   provenance: z
     .object({ bundles: z.record(z.string(), z.object({ revision: z.string().optional() })).optional() })
     .optional(),

@@ -5,6 +5,7 @@
  * before it touches anything; each change is one transaction with its announcement and its audit event (`change.ts`).
  */
 import type { handleUnaryCall } from '@grpc/grpc-js'
+import type { PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
@@ -29,6 +30,7 @@ export type AdminDeps = {
   policy: {
     /** Names the policy that decides now. */
     revision(): string
+    explain: PolicyEngine['explain']
     engine: 'in-process' | 'opa-server'
   }
 }

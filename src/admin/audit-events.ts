@@ -9,18 +9,12 @@ import type {
   SearchAuditEventsResponse,
 } from '../gen/edgemesh/v1/admin.ts'
 import { cutPage, page } from './paging.ts'
-import { check, text } from './request.ts'
+import { check, text, time } from './request.ts'
 
 /** As long as the longest SPIFFE ID. */
 const filterCharactersMax = 2_048
 
 const filter = text(filterCharactersMax)
-/** Four-digit years: all that a Timestamp may be (RFC 3339), and PostgreSQL's own range is wider. */
-const time = z
-  .date({ error: 'has to be a time between the years 1 and 9999' })
-  .min(new Date('0001-01-01T00:00:00Z'))
-  .max(new Date('9999-12-31T23:59:59.999Z'))
-
 /** As `toISOString` writes it, and of a year that PostgreSQL knows: it has no year 0. */
 const tokenTime = z.iso.datetime({ precision: 3 }).refine(text => !text.startsWith('0000'))
 

@@ -6,6 +6,7 @@
  */
 import { z } from 'zod'
 import type { DecidedQuestion } from '../access/entities.ts'
+import type { PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Database } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
@@ -17,15 +18,21 @@ import type {
   ListDecisionsResponse,
 } from '../gen/edgemesh/v1/admin.ts'
 import { cutPage, page } from './paging.ts'
-import { check, optionalId } from './request.ts'
+import { check, optionalId, time } from './request.ts'
 
 const rowId = z.guid()
 /** Counted from 0; six digits fit any message and any integer of PostgreSQL. */
 const position = z.string().regex(/^(?:0|[1-9][0-9]{0,5})$/)
 const rowAndPosition = z.tuple([rowId, position])
 
-const listRequest = z.object({ ...page(rowAndPosition), deviceId: optionalId })
+const listRequest = z.object({
+  ...page(rowAndPosition),
+  deviceId: optionalId,
+  after: time.optional(),
+  before: time.optional(),
+})
 const getRequest = z.object({
+  explain: z.boolean(),
   id: z.string().transform((given, context) => {
     const parts = rowAndPosition.safeParse(given.split('.', 3))
     if (parts.success) return parts.data
@@ -53,13 +60,16 @@ const selectDecisions = `
   from decisions decision
   cross join lateral jsonb_array_elements(decision.questions) with ordinality as asked (question, ordinality)`
 
-export function decisionHandlers({ db }: { db: Database }) {
+export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<PolicyEngine, 'revision' | 'explain'> }) {
   return {
-    /** The newest first; the questions of one message in the order in which they were asked. */
+    /**
+     * The newest first; the questions of one message in the order in which they were asked. `after` is the first instant
+     * included and `before` the first one not.
+     */
     async listDecisions(request: ListDecisionsRequest, call: Call): Promise<ListDecisionsResponse> {
-      const { pageSize, pageToken: after, deviceId } = check(listRequest, request)
+      const { pageSize, pageToken, deviceId, after = null, before = null } = check(listRequest, request)
       call.audit.target = deviceId ? `device/${deviceId}` : 'decisions'
-      const [afterRow = null, afterPosition = null] = after ?? []
+      const [lastRow = null, lastPosition = null] = pageToken ?? []
       // The rest of the row where the page before ended, and the rows older than that. The time is looked up rather
       // than carried: PostgreSQL counts microseconds, a Date only milliseconds.
       const { rows: found } = await db.pool.query<DecisionRow>(
@@ -68,16 +78,18 @@ export function decisionHandlers({ db }: { db: Database }) {
            and ($2::uuid is null
              or (decision.at, decision.id) <= (select at, id from decisions where id = $2)
                and (decision.id <> $2 or asked.ordinality - 1 > $3::int))
+           and ($5::timestamptz is null or decision.at >= $5)
+           and ($6::timestamptz is null or decision.at < $6)
          order by decision.at desc, decision.id desc, asked.ordinality
          limit $4`,
-        [deviceId, afterRow, afterPosition, pageSize + 1],
+        [deviceId, lastRow, lastPosition, pageSize + 1, after, before],
       )
       const { rows, nextPageToken } = cutPage(found, pageSize, row => [row.id, row.position])
       return { decisions: rows.map(decisionMessage), nextPageToken }
     },
 
     async getDecision(request: GetDecisionRequest, call: Call): Promise<GetDecisionResponse> {
-      const { id } = check(getRequest, request)
+      const { id, explain } = check(getRequest, request)
       call.audit.target = `decision/${id.join('.')}`
       const { rows } = await db.pool.query<DecisionRow>(
         `${selectDecisions} where decision.id = $1 and asked.ordinality - 1 = $2::int`,
@@ -85,7 +97,12 @@ export function decisionHandlers({ db }: { db: Database }) {
       )
       const [row] = rows
       if (!row) throw new Fault('NOT_FOUND', 'DECISION_NOT_FOUND', `there is no decision ${id.join('.')}`)
-      return { decision: decisionMessage(row) }
+      const decision = decisionMessage(row)
+      if (!explain) return { decision, explanation: undefined }
+      // Of what was recorded, not of what is so now: the input is all that policy ever saw.
+      const policyRevision = policy.revision()
+      const rules = await policy.explain(row.question.input)
+      return { decision, explanation: rules && { policyRevision, rules } }
     },
   }
 }
@@ -104,5 +121,7 @@ function decisionMessage({ question, ...row }: DecisionRow): DecisionMessage {
     caller: row.caller,
     instanceId: row.instance_id,
     input: question.input,
+    evaluatedAt: question.evaluatedAt === undefined ? undefined : new Date(question.evaluatedAt),
+    expiresAt: question.expiresAt === undefined ? undefined : new Date(question.expiresAt),
   }
 }

@@ -46,6 +46,12 @@ export const labels = z.record(z.string(), z.string()).superRefine((given, conte
   }
 })
 
+/** Four-digit years: all that a Timestamp may be (RFC 3339), and PostgreSQL's own range is wider. */
+export const time = z
+  .date({ error: 'has to be a time between the years 1 and 9999' })
+  .min(new Date('0001-01-01T00:00:00Z'))
+  .max(new Date('9999-12-31T23:59:59.999Z'))
+
 /** A value of the enum that the proto declares, UNSPECIFIED included. */
 export function enumValue<const E extends Record<string, number>>(values: E) {
   return z.enum(values, { error: `has to be one of ${Object.keys(values).join(', ')}` })

@@ -3,8 +3,10 @@ import { Command } from 'commander'
 import { type Answer, check } from '../agent/authorize-stream.ts'
 import { comparingClocks } from '../agent/server-clock.ts'
 import { loadState } from '../agent/state.ts'
+import type { GetDecisionResponse } from '../gen/edgemesh/v1/admin.ts'
 import { Answer as AnswerMessage } from '../gen/edgemesh/v1/authorize.ts'
-import { type ConnectionOptions, connecting, findServer, serverDefault } from './admin-client.ts'
+import { type ConnectionOptions, connecting, findServer, serverDefault, withAdmin } from './admin-client.ts'
+import { explanationJson, explanationNote, renderInput, renderRules } from './explanation.ts'
 import { CommandFailure } from './failure.ts'
 import { renderFacts, renderTable } from './table.ts'
 
@@ -14,6 +16,7 @@ type CheckOptions = ConnectionOptions & {
   action: string
   device?: string
   state?: string
+  explain?: true
   json?: true
 }
 
@@ -25,6 +28,7 @@ export function checkCommand(): Command {
     .option('--device <id>', 'the device that is asked about; needed unless --state is given')
     .option('--action <action>', 'what is to be done', 'connect')
     .option('--state <folder>', 'ask as the device itself, whose agent keeps its state there, not as an operator')
+    .option('--explain', 'every rule with what it found and what it requires, and every fact, also where it is allowed')
     .option('--json', 'one JSON document')
     .addHelpText(
       'after',
@@ -33,6 +37,7 @@ Exit codes: 0 allowed, 1 denied or failed, 2 not understood.
 
 Examples:
   edgemesh check --user ada@example.com --service orders --device laptop-7
+  edgemesh check --user ada --service orders --device laptop-7 --explain
   edgemesh check --user ada --service orders --state ./laptop-7 --server localhost:8000
   edgemesh check --user ada --service orders --device laptop-7 --json | jq .reasons
 `,
@@ -45,6 +50,9 @@ async function ask(options: CheckOptions, command: Command): Promise<void> {
   if (options.state === undefined && options.device === undefined) {
     command.error('error: give --device, or --state to ask as the device itself')
   }
+  if (options.explain && options.state !== undefined) {
+    command.error('error: --explain reads the record of the decision as an operator: give --device instead of --state')
+  }
   const { server, credentials } = await (options.state === undefined ? findServer(options) : findDevice(options))
   const asking = check({
     server,
@@ -53,10 +61,18 @@ async function ask(options: CheckOptions, command: Command): Promise<void> {
     ...(options.device !== undefined && { deviceId: options.device }),
   })
   const answer = await comparingClocks(server, asking)
+  const record = options.explain && (await recordOf(answer, { ...options, server }))
   // A denial has an explicit `allowed` too, which the JSON of the proto leaves out.
-  if (options.json)
-    console.log(JSON.stringify({ allowed: answer.allowed, ...(AnswerMessage.toJSON(answer) as object) }))
-  else console.log(explain(answer, options))
+  if (options.json) {
+    const { evaluatedAt, input } = record?.decision ?? {}
+    const explained = record && { evaluatedAt, input, ...explanationJson(record.explanation) }
+    console.log(JSON.stringify({ allowed: answer.allowed, ...(AnswerMessage.toJSON(answer) as object), ...explained }))
+  } else {
+    console.log(describe(answer, options))
+    if (record) console.log(describeRecord(record))
+  }
+  const note = record && explanationNote(record.explanation, answer.policyRevision)
+  if (note) console.error(note)
   if (!answer.allowed) process.exitCode = 1
 }
 
@@ -69,7 +85,21 @@ async function findDevice(options: CheckOptions) {
   return { server: options.server || process.env.EDGEMESH_SERVER || serverDefault, credentials: state }
 }
 
-function explain(answer: Answer, { user, service, action, device }: CheckOptions): string {
+/** What was decided is on record before it is answered, with all that policy was given. */
+function recordOf({ decisionId }: Answer, options: ConnectionOptions): Promise<GetDecisionResponse> {
+  return withAdmin(options, admin => admin.call('getDecision', { id: decisionId, explain: true }))
+}
+
+function describeRecord({ decision, explanation }: GetDecisionResponse): string {
+  return [
+    ...(explanation ? ['', renderRules(explanation)] : []),
+    '',
+    renderFacts({ 'facts of': decision?.evaluatedAt }),
+    renderInput(decision?.input),
+  ].join('\n')
+}
+
+function describe(answer: Answer, { user, service, action, device }: CheckOptions): string {
   const where = device === undefined ? '' : ` on ${device}`
   const verdict = `${answer.allowed ? 'allowed' : 'denied'}: ${user} may ${answer.allowed ? '' : 'not '}${action} to ${service}${where}`
   const reasons = renderTable(

@@ -6,6 +6,7 @@ import { auditCommand } from './audit.ts'
 import { caCommand } from './ca.ts'
 import { checkCommand } from './check.ts'
 import { connectionCommand } from './connection.ts'
+import { decisionCommand } from './decision.ts'
 import { devCommand } from './dev.ts'
 import { deviceCommand } from './device.ts'
 import { migrateCommand } from './migrate.ts'
@@ -40,6 +41,7 @@ Examples:
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
+  for (const command of [decisionCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')
   program.addCommand(agentCommand())
 

@@ -36,11 +36,14 @@ export function renderLabels(labels: Readonly<Record<string, string>>): string {
     .join(' ')
 }
 
-/** Whoever wrote the text must not be able to move the reader's cursor, or to add lines. */
-const controlCharacters = /\p{Cc}+/gu
-
 function cell(value: string | number | Date | undefined): string {
   if (value === undefined || value === '') return '-'
-  const text = value instanceof Date ? `${value.toISOString().slice(0, 19)}Z` : String(value)
+  return value instanceof Date ? `${value.toISOString().slice(0, 19)}Z` : printable(String(value))
+}
+
+const controlCharacters = /\p{Cc}+/gu
+
+/** Whoever wrote the text must not be able to move the reader's cursor, or to add lines. */
+export function printable(text: string): string {
   return text.replace(controlCharacters, ' ')
 }

@@ -139,11 +139,19 @@ test('both engines give the same answers', withOpa, async t => {
   const wasm = await startWasmPolicy()
   for (const { name, entrypoint, input } of cases) {
     t.deepEqual(await ask(server, entrypoint, input), await ask(wasm, entrypoint, input), name)
+    t.deepEqual(await server.explain(input as never), await wasm.explain(input as never), name)
   }
   await fc.assert(
     fc.asyncProperty(anyQuestion, async ({ entrypoint, input }) => {
       const [fromServer, fromWasm] = [await ask(server, entrypoint, input), await ask(wasm, entrypoint, input)]
       if (JSON.stringify(fromServer) !== JSON.stringify(fromWasm)) t.deepEqual(fromServer, fromWasm)
+      const [ofServer, ofWasm] = [await server.explain(input as never), await wasm.explain(input as never)]
+      if (JSON.stringify(ofServer) !== JSON.stringify(ofWasm)) t.deepEqual(ofServer, ofWasm)
+      if (entrypoint === 'authz' && ofWasm)
+        t.is(
+          ofWasm.every(({ holds }) => holds),
+          fromWasm.allow,
+        )
     }),
     { numRuns: 2000 },
   )
@@ -230,6 +238,29 @@ test('bundles name their own revision', async t => {
   })
   const engine = await startServerEngine(t, { url })
   t.is(engine.revision(), 'a@1,b@2')
+})
+
+test('a policy without an explanation decides all the same', async t => {
+  const url = await startImpostor(t, (request, response) => {
+    const result = { allow: true, reasons: [], valid_for_seconds: 60, clock_used: false }
+    response.end(JSON.stringify(request.url?.endsWith('/explanation') ? {} : { result }))
+  })
+  const engine = await startServerEngine(t, { url })
+  t.true((await ask(engine, 'authz', good)).allow)
+  t.is(await engine.explain(good as never), undefined)
+})
+
+test('an explanation that is none is no explanation', async t => {
+  let result: unknown
+  const url = await startImpostor(t, (_, response) => response.end(JSON.stringify({ result })))
+  const engine = await startServerEngine(t, { url })
+  const finding = { field: 'f', actual: 'a', required: 'r', holds: true }
+  for (result of ['all is well', [], [finding, { ...finding, holds: 'true' }], [{ ...finding, field: undefined }]]) {
+    const fault = await t.throwsAsync(async () => engine.explain(good as never), { instanceOf: Fault })
+    t.is(fault?.reason, 'POLICY_INVALID_RESULT')
+  }
+  result = [finding]
+  t.deepEqual(await engine.explain(good as never), [finding])
 })
 
 test('a server that may not list its policies is unversioned', async t => {

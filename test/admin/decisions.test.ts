@@ -2,9 +2,10 @@ import { randomUUID } from 'node:crypto'
 import test from 'ava'
 import { type DecidedQuestion, Decision } from '../../src/access/entities.ts'
 import { ListDecisionsRequest } from '../../src/gen/edgemesh/v1/admin.ts'
-import { allPages, invalid, operator, refused, start } from './operator.ts'
+import { allPages, explanation, invalid, operator, refused, start } from './operator.ts'
 
 const list = ListDecisionsRequest.fromPartial
+const get = (id: string, explain = false) => ({ id, explain })
 const denied = {
   code: 'DISK_NOT_ENCRYPTED',
   field: 'device.health.disk_encrypted',
@@ -45,7 +46,7 @@ test('each question of a message is a decision of its own', async t => {
       [`${row.id}.1`, 'mail', false],
     ],
   )
-  const { decision } = await admin.getDecision({ id: `${row.id}.1` }, call())
+  const { decision } = await admin.getDecision(get(`${row.id}.1`), call())
   t.deepEqual(decision, {
     id: `${row.id}.1`,
     decidedAt: new Date(start),
@@ -59,6 +60,9 @@ test('each question of a message is a decision of its own', async t => {
     caller: 'spiffe://test/device/alpha',
     instanceId: 'instance-1',
     input: { action: 'connect' },
+    // Rows of older versions have neither.
+    evaluatedAt: undefined,
+    expiresAt: undefined,
   })
 })
 
@@ -79,6 +83,37 @@ test('decisions are listed by device, the newest first', async t => {
   t.deepEqual(await services('alpha'), ['young', 'old'])
 })
 
+test('decisions are listed from a moment on, and up to another', async t => {
+  const { admin, call, db } = await operator(t)
+  const rows = [0, 1, 2, 3].map(at => decisionRow([question(`s-${at}`), question(`t-${at}`)], start + at))
+  await db.em().insertMany(Decision, rows)
+  const services = async (filter: { after?: Date; before?: Date; pageSize?: number }) =>
+    allPages(async pageToken => {
+      const { decisions, nextPageToken } = await admin.listDecisions(list({ ...filter, pageToken }), call())
+      return { items: decisions.map(({ service }) => service), next: nextPageToken }
+    })
+  const [second, last] = [new Date(start + 1), new Date(start + 3)]
+  t.deepEqual(await services({ after: last }), ['s-3', 't-3'])
+  t.deepEqual(await services({ before: second }), ['s-0', 't-0'])
+  for (const pageSize of [1, 3]) {
+    t.deepEqual(await services({ after: second, before: last, pageSize }), ['s-2', 't-2', 's-1', 't-1'])
+  }
+  await invalid(t, admin.listDecisions(list({ after: new Date(Number.NaN) }), call()), ['after'])
+})
+
+test('a decision says of when its facts are, until when it held, and what each rule makes of them', async t => {
+  const { admin, call, db } = await operator(t)
+  const [evaluatedAt, expiresAt] = [new Date(start - 5_000).toISOString(), new Date(start + 55_000).toISOString()]
+  const row = decisionRow([{ ...question('git'), evaluatedAt, expiresAt }])
+  await db.em().insert(Decision, row)
+  const plain = await admin.getDecision(get(`${row.id}.0`), call())
+  t.deepEqual(plain.decision?.evaluatedAt, new Date(evaluatedAt))
+  t.deepEqual(plain.decision?.expiresAt, new Date(expiresAt))
+  t.is(plain.explanation, undefined)
+  const explained = await admin.getDecision(get(`${row.id}.0`, true), call())
+  t.deepEqual(explained, { ...plain, explanation: { policyRevision: 'revision-1', rules: explanation } })
+})
+
 test('the id of a decision is read strictly', async t => {
   const { admin, call } = await operator(t)
   const id = randomUUID()
@@ -94,9 +129,9 @@ test('the id of a decision is read strictly', async t => {
     `${id} .0`,
     `${id}.1234567`,
   ]) {
-    await invalid(t, admin.getDecision({ id: wrong }, call()), ['id'])
+    await invalid(t, admin.getDecision(get(wrong), call()), ['id'])
   }
-  await refused(t, admin.getDecision({ id: `${id}.0` }, call()), 'NOT_FOUND', 'DECISION_NOT_FOUND')
+  await refused(t, admin.getDecision(get(`${id}.0`), call()), 'NOT_FOUND', 'DECISION_NOT_FOUND')
   await invalid(t, admin.listDecisions(list({ deviceId: '?', pageToken: 'W10' }), call()), ['device_id', 'page_token'])
 })
 
@@ -104,7 +139,7 @@ test('a position beyond the questions of the message is not found', async t => {
   const { admin, call, db } = await operator(t)
   const row = decisionRow([question('git')])
   await db.em().insert(Decision, row)
-  await refused(t, admin.getDecision({ id: `${row.id}.1` }, call()), 'NOT_FOUND', 'DECISION_NOT_FOUND')
+  await refused(t, admin.getDecision(get(`${row.id}.1`), call()), 'NOT_FOUND', 'DECISION_NOT_FOUND')
 })
 
 test('pages show each of 250 questions once, also where a page ends within a message', async t => {

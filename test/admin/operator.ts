@@ -25,6 +25,9 @@ const issuing: Generation = {
   createdAt: new Date(start),
 }
 
+/** What the policy of these tests says of any question. */
+export const explanation = [{ field: 'device.status', actual: 'active', required: 'active', holds: true }]
+
 export const authority: AdminDeps['authority'] = {
   trustDomain: 'test',
   current: () => authoritySet([issuing]),
@@ -49,7 +52,7 @@ export async function operator(t: ExecutionContext<unknown>) {
     clock: () => time.now,
     tokenSecret,
     authority,
-    policy: { revision: () => 'revision-1', engine: 'in-process' },
+    policy: { revision: () => 'revision-1', explain: () => explanation, engine: 'in-process' },
   })
   return {
     db,

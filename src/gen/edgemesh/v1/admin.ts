@@ -645,13 +645,48 @@ export interface Decision {
   caller: string;
   instanceId: string;
   /** What policy was given. */
-  input: { [key: string]: any } | undefined;
+  input:
+    | { [key: string]: any }
+    | undefined;
+  /** When the input was gathered: before decided_at where an answer was used again. Absent in records of older versions. */
+  evaluatedAt:
+    | Date
+    | undefined;
+  /** Until when the answer could be relied on. Absent in records of older versions. */
+  expiresAt: Date | undefined;
+}
+
+/** What the policy makes of a question, rule by rule. */
+export interface Explanation {
+  /**
+   * Names the policy that explains, which is the one of now. Where it is not the one that decided, it may see things
+   * differently.
+   */
+  policyRevision: string;
+  /** The question is allowed when all of them hold. */
+  rules: RuleFinding[];
+}
+
+export interface RuleFinding {
+  /** The fact that the rule looks at, such as "device.health.disk_encrypted". */
+  field: string;
+  /** What it is. */
+  actual: string;
+  /** What it has to be, or that nothing is required. */
+  required: string;
+  holds: boolean;
 }
 
 export interface ListDecisionsRequest {
   pageSize: number;
   pageToken: string;
   deviceId: string;
+  /** Not before this. */
+  after:
+    | Date
+    | undefined;
+  /** Before this. */
+  before: Date | undefined;
 }
 
 export interface ListDecisionsResponse {
@@ -661,10 +696,16 @@ export interface ListDecisionsResponse {
 
 export interface GetDecisionRequest {
   id: string;
+  /** Also how the policy of now explains it. */
+  explain: boolean;
 }
 
 export interface GetDecisionResponse {
-  decision: Decision | undefined;
+  decision:
+    | Decision
+    | undefined;
+  /** Absent unless asked for, and where the policy explains nothing. */
+  explanation: Explanation | undefined;
 }
 
 export interface AuditEvent {
@@ -6827,6 +6868,8 @@ function createBaseDecision(): Decision {
     caller: "",
     instanceId: "",
     input: undefined,
+    evaluatedAt: undefined,
+    expiresAt: undefined,
   };
 }
 
@@ -6867,6 +6910,12 @@ export const Decision: MessageFns<Decision> = {
     }
     if (message.input !== undefined) {
       Struct.encode(Struct.wrap(message.input), writer.uint32(98).fork()).join();
+    }
+    if (message.evaluatedAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.evaluatedAt), writer.uint32(106).fork()).join();
+    }
+    if (message.expiresAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.expiresAt), writer.uint32(114).fork()).join();
     }
     return writer;
   },
@@ -6980,6 +7029,22 @@ export const Decision: MessageFns<Decision> = {
             message.input = Struct.unwrap(Struct.decode(reader, reader.uint32()));
             continue;
           }
+          case 13: {
+            if (tag !== 106) {
+              break;
+            }
+
+            message.evaluatedAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 14: {
+            if (tag !== 114) {
+              break;
+            }
+
+            message.expiresAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7030,6 +7095,12 @@ export const Decision: MessageFns<Decision> = {
     if (message.input !== undefined) {
       obj.input = message.input;
     }
+    if (message.evaluatedAt !== undefined) {
+      obj.evaluatedAt = message.evaluatedAt.toISOString();
+    }
+    if (message.expiresAt !== undefined) {
+      obj.expiresAt = message.expiresAt.toISOString();
+    }
     return obj;
   },
 
@@ -7050,12 +7121,200 @@ export const Decision: MessageFns<Decision> = {
     message.caller = object.caller ?? "";
     message.instanceId = object.instanceId ?? "";
     message.input = object.input ?? undefined;
+    message.evaluatedAt = object.evaluatedAt ?? undefined;
+    message.expiresAt = object.expiresAt ?? undefined;
+    return message;
+  },
+};
+
+function createBaseExplanation(): Explanation {
+  return { policyRevision: "", rules: [] };
+}
+
+export const Explanation: MessageFns<Explanation> = {
+  encode(message: Explanation, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.policyRevision !== "") {
+      writer.uint32(10).string(message.policyRevision);
+    }
+    for (const v of message.rules) {
+      RuleFinding.encode(v!, writer.uint32(18).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Explanation {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseExplanation();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.policyRevision = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.rules.push(RuleFinding.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: Explanation): unknown {
+    const obj: any = {};
+    if (message.policyRevision !== "") {
+      obj.policyRevision = message.policyRevision;
+    }
+    if (message.rules?.length) {
+      obj.rules = message.rules.map((e) => RuleFinding.toJSON(e));
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<Explanation>, I>>(base?: I): Explanation {
+    return Explanation.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<Explanation>, I>>(object: I): Explanation {
+    const message = createBaseExplanation();
+    message.policyRevision = object.policyRevision ?? "";
+    message.rules = object.rules?.map((e) => RuleFinding.fromPartial(e)) || [];
+    return message;
+  },
+};
+
+function createBaseRuleFinding(): RuleFinding {
+  return { field: "", actual: "", required: "", holds: false };
+}
+
+export const RuleFinding: MessageFns<RuleFinding> = {
+  encode(message: RuleFinding, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.field !== "") {
+      writer.uint32(10).string(message.field);
+    }
+    if (message.actual !== "") {
+      writer.uint32(18).string(message.actual);
+    }
+    if (message.required !== "") {
+      writer.uint32(26).string(message.required);
+    }
+    if (message.holds !== false) {
+      writer.uint32(32).bool(message.holds);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RuleFinding {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRuleFinding();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.field = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.actual = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.required = reader.string();
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.holds = reader.bool();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: RuleFinding): unknown {
+    const obj: any = {};
+    if (message.field !== "") {
+      obj.field = message.field;
+    }
+    if (message.actual !== "") {
+      obj.actual = message.actual;
+    }
+    if (message.required !== "") {
+      obj.required = message.required;
+    }
+    if (message.holds !== false) {
+      obj.holds = message.holds;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<RuleFinding>, I>>(base?: I): RuleFinding {
+    return RuleFinding.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<RuleFinding>, I>>(object: I): RuleFinding {
+    const message = createBaseRuleFinding();
+    message.field = object.field ?? "";
+    message.actual = object.actual ?? "";
+    message.required = object.required ?? "";
+    message.holds = object.holds ?? false;
     return message;
   },
 };
 
 function createBaseListDecisionsRequest(): ListDecisionsRequest {
-  return { pageSize: 0, pageToken: "", deviceId: "" };
+  return { pageSize: 0, pageToken: "", deviceId: "", after: undefined, before: undefined };
 }
 
 export const ListDecisionsRequest: MessageFns<ListDecisionsRequest> = {
@@ -7068,6 +7327,12 @@ export const ListDecisionsRequest: MessageFns<ListDecisionsRequest> = {
     }
     if (message.deviceId !== "") {
       writer.uint32(26).string(message.deviceId);
+    }
+    if (message.after !== undefined) {
+      Timestamp.encode(toTimestamp(message.after), writer.uint32(34).fork()).join();
+    }
+    if (message.before !== undefined) {
+      Timestamp.encode(toTimestamp(message.before), writer.uint32(42).fork()).join();
     }
     return writer;
   },
@@ -7109,6 +7374,22 @@ export const ListDecisionsRequest: MessageFns<ListDecisionsRequest> = {
             message.deviceId = reader.string();
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.after = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.before = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7132,6 +7413,12 @@ export const ListDecisionsRequest: MessageFns<ListDecisionsRequest> = {
     if (message.deviceId !== "") {
       obj.deviceId = message.deviceId;
     }
+    if (message.after !== undefined) {
+      obj.after = message.after.toISOString();
+    }
+    if (message.before !== undefined) {
+      obj.before = message.before.toISOString();
+    }
     return obj;
   },
 
@@ -7143,6 +7430,8 @@ export const ListDecisionsRequest: MessageFns<ListDecisionsRequest> = {
     message.pageSize = object.pageSize ?? 0;
     message.pageToken = object.pageToken ?? "";
     message.deviceId = object.deviceId ?? "";
+    message.after = object.after ?? undefined;
+    message.before = object.before ?? undefined;
     return message;
   },
 };
@@ -7226,13 +7515,16 @@ export const ListDecisionsResponse: MessageFns<ListDecisionsResponse> = {
 };
 
 function createBaseGetDecisionRequest(): GetDecisionRequest {
-  return { id: "" };
+  return { id: "", explain: false };
 }
 
 export const GetDecisionRequest: MessageFns<GetDecisionRequest> = {
   encode(message: GetDecisionRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.id !== "") {
       writer.uint32(10).string(message.id);
+    }
+    if (message.explain !== false) {
+      writer.uint32(16).bool(message.explain);
     }
     return writer;
   },
@@ -7258,6 +7550,14 @@ export const GetDecisionRequest: MessageFns<GetDecisionRequest> = {
             message.id = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.explain = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7275,6 +7575,9 @@ export const GetDecisionRequest: MessageFns<GetDecisionRequest> = {
     if (message.id !== "") {
       obj.id = message.id;
     }
+    if (message.explain !== false) {
+      obj.explain = message.explain;
+    }
     return obj;
   },
 
@@ -7284,18 +7587,22 @@ export const GetDecisionRequest: MessageFns<GetDecisionRequest> = {
   fromPartial<I extends Exact<DeepPartial<GetDecisionRequest>, I>>(object: I): GetDecisionRequest {
     const message = createBaseGetDecisionRequest();
     message.id = object.id ?? "";
+    message.explain = object.explain ?? false;
     return message;
   },
 };
 
 function createBaseGetDecisionResponse(): GetDecisionResponse {
-  return { decision: undefined };
+  return { decision: undefined, explanation: undefined };
 }
 
 export const GetDecisionResponse: MessageFns<GetDecisionResponse> = {
   encode(message: GetDecisionResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.decision !== undefined) {
       Decision.encode(message.decision, writer.uint32(10).fork()).join();
+    }
+    if (message.explanation !== undefined) {
+      Explanation.encode(message.explanation, writer.uint32(18).fork()).join();
     }
     return writer;
   },
@@ -7321,6 +7628,14 @@ export const GetDecisionResponse: MessageFns<GetDecisionResponse> = {
             message.decision = Decision.decode(reader, reader.uint32());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.explanation = Explanation.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7338,6 +7653,9 @@ export const GetDecisionResponse: MessageFns<GetDecisionResponse> = {
     if (message.decision !== undefined) {
       obj.decision = Decision.toJSON(message.decision);
     }
+    if (message.explanation !== undefined) {
+      obj.explanation = Explanation.toJSON(message.explanation);
+    }
     return obj;
   },
 
@@ -7348,6 +7666,9 @@ export const GetDecisionResponse: MessageFns<GetDecisionResponse> = {
     const message = createBaseGetDecisionResponse();
     message.decision = (object.decision !== undefined && object.decision !== null)
       ? Decision.fromPartial(object.decision)
+      : undefined;
+    message.explanation = (object.explanation !== undefined && object.explanation !== null)
+      ? Explanation.fromPartial(object.explanation)
       : undefined;
     return message;
   },
