@@ -73,7 +73,7 @@ export function buildPolicy(opa: string, outputDirectory: string): PolicyManifes
 /**
  * Compiles a policy that is not the shipped one, for its decisions alone.
  *
- * @throws Error with what `opa` says against it, where it is to be found in `stderr`
+ * @throws Error whose `stdout` and `stderr` are what `opa` says against it
  */
 export function compileDecisions(opa: string, directory: string): { compiled: Buffer; revision: string } {
   const sources = listSources(directory)

@@ -11,6 +11,7 @@ import { devCommand } from './dev.ts'
 import { deviceCommand } from './device.ts'
 import { migrateCommand } from './migrate.ts'
 import { operatorCommand } from './operator.ts'
+import { policyCommand } from './policy.ts'
 import { serveCommand } from './serve.ts'
 import { serviceCommand } from './service.ts'
 import { tokenCommand } from './token.ts'
@@ -41,7 +42,7 @@ Examples:
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
-  for (const command of [decisionCommand()]) program.addCommand(command)
+  for (const command of [decisionCommand(), policyCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')
   program.addCommand(agentCommand())
 
