@@ -183,7 +183,7 @@ async function compose(
   startedAt = performance.now()
   const engine = await startEngine(settings, log)
   stops.push(engine.stop)
-  const facts = createFacts({ pool: db.pool, feed, maxAgeMs: settings.health.maxAgeMs })
+  const facts = createFacts({ pool: db.pool, feed, maxAgeMs: settings.health.maxAgeMs, clock })
   const decider = createDecider({ facts, engine, clock, onError: settings.policy.onError })
   const leases = createLeases({
     decider,

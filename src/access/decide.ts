@@ -4,8 +4,8 @@
  * facts → decision cache → on a miss one evaluation, shared by identical questions that ask meanwhile → an answer that
  * never outlives the freshness of the health it rests on, nor the time of day that policy looked at.
  *
- * The cache can't be wrong: its key holds the version of every fact and the revision of the policy, so a change makes
- * another key.
+ * The cache can't be wrong: a verdict is kept with the version of every fact and the revision of the policy that it rests
+ * on, and is used only while all of them are what they were, and the time is between its making and its end.
  */
 import { LRUCache } from 'lru-cache'
 import type { Clock } from '../clock.ts'
@@ -19,6 +19,8 @@ export type Verdict = {
   allow: boolean
   reasons: PolicyReason[]
   policyRevision: string
+  /** When its input was gathered, ms since epoch. */
+  evaluatedAtMs: number
   /** Ask again by then, ms since epoch. */
   expiresAtMs: number
   input: AuthzInput
@@ -29,8 +31,11 @@ export type Verdict = {
 export type Decider = {
   /** @throws Fault UNAVAILABLE when policy or facts can't be had; never guesses */
   decide(question: AccessQuestion): Promise<{ verdict: Verdict; ground: Ground }>
-  stats(): { entries: number; hits: number; misses: number }
+  stats(): { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<InvalidationCause, number> }
 }
+
+/** Why a verdict that was kept could not be used again: a fact or the policy has changed, or its time is over. */
+export type InvalidationCause = keyof Ground | 'revision' | 'time'
 
 /** Verdicts kept, about 3 kB each. */
 const verdictsMax = 50_000
@@ -43,13 +48,19 @@ export function createDecider(options: {
   onError: 'deny' | 'last-known'
 }): Decider {
   const { facts, engine, clock, onError } = options
-  const verdicts = new LRUCache<string, Verdict>({ max: verdictsMax })
+  const verdicts = new LRUCache<string, Kept>({ max: verdictsMax })
   const underWay = new Map<string, Promise<Verdict>>()
   let hits = 0
   let misses = 0
-  engine.onRevision(() => verdicts.clear())
+  const invalidations = new Map(invalidationCauses.map(cause => [cause, 0]))
+  const invalidated = (cause: InvalidationCause, entries = 1) =>
+    invalidations.set(cause, (invalidations.get(cause) ?? 0) + entries)
+  engine.onRevision(() => {
+    invalidated('revision', verdicts.size)
+    verdicts.clear()
+  })
 
-  async function evaluate(key: string, question: AccessQuestion, ground: Ground, now: number): Promise<Verdict> {
+  async function evaluate(asked: string, question: AccessQuestion, ground: Ground, now: number): Promise<Verdict> {
     const policyRevision = engine.revision()
     const input = inputOf(question, ground, facts.maxAgeMs, now)
     const { allow, reasons, validForSeconds } = await engine.evaluate('authz', input)
@@ -58,8 +69,8 @@ export function createDecider(options: {
     const expiresAtMs = Math.min(now + validForSeconds * 1_000, staleAtMs)
     const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
     const json = JSON.stringify({ allow, reasons, evaluatedAt, expiresAt, input })
-    const verdict = { allow, reasons, policyRevision, expiresAtMs, input, json }
-    if (engine.revision() === policyRevision) verdicts.set(key, verdict)
+    const verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json }
+    if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
   }
 
@@ -67,30 +78,48 @@ export function createDecider(options: {
     async decide(question) {
       const ground = await facts.ground(question)
       const now = clock()
-      const key = [
-        ground.device.version,
-        ground.user.version,
-        ground.service.version,
-        ground.grants.version,
-        ground.policy.version,
-        question.action,
-        engine.revision(),
-      ].join('|')
-      const kept = verdicts.get(key)
-      if (kept && now < kept.expiresAtMs && (onError === 'last-known' || engine.ready())) {
-        hits++
-        return { verdict: kept, ground }
+      // No part of it can hold a NUL. If one could, two questions would drop each other's verdicts, and use none.
+      const asked = `${question.deviceId}\0${question.user}\0${question.service}\0${question.action}`
+      const kept = verdicts.get(asked)
+      if (kept) {
+        const cause = whatEnded(kept, ground, engine.revision(), now)
+        if (cause === undefined && (onError === 'last-known' || engine.ready())) {
+          hits++
+          return { verdict: kept.verdict, ground }
+        }
+        if (cause !== undefined) {
+          invalidated(cause)
+          verdicts.delete(asked)
+        }
       }
       misses++
+      const key = `${asked}\0${groundParts.map(part => ground[part].version).join()}\0${engine.revision()}`
       let evaluation = underWay.get(key)
       if (!evaluation) {
-        evaluation = evaluate(key, question, ground, now).finally(() => underWay.delete(key))
+        evaluation = evaluate(asked, question, ground, now).finally(() => underWay.delete(key))
         underWay.set(key, evaluation)
       }
       return { verdict: await evaluation, ground }
     },
-    stats: () => ({ entries: verdicts.size, hits, misses }),
+    stats: () => ({ entries: verdicts.size, hits, misses, invalidations }),
   }
+}
+
+type Kept = { verdict: Verdict; ground: Ground }
+
+const groundParts = ['device', 'user', 'service', 'grants', 'policy'] as const
+const invalidationCauses: InvalidationCause[] = [...groundParts, 'revision', 'time']
+
+/** undefined while the verdict may be used. A clock that was set back makes it as useless as one that has run on. */
+function whatEnded(
+  { verdict, ground: before }: Kept,
+  ground: Ground,
+  revision: string,
+  now: number,
+): InvalidationCause | undefined {
+  for (const part of groundParts) if (before[part].version !== ground[part].version) return part
+  if (verdict.policyRevision !== revision) return 'revision'
+  return verdict.evaluatedAtMs <= now && now < verdict.expiresAtMs ? undefined : 'time'
 }
 
 function inputOf({ deviceId, action }: AccessQuestion, ground: Ground, maxAgeMs: number, now: number): AuthzInput {

@@ -6,6 +6,7 @@
  * anyone says so.
  */
 import type pg from 'pg'
+import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { type Fact, keepFacts } from '../db/kept-facts.ts'
 import type { PostureRequirements, PostureValues } from '../fleet/posture.ts'
@@ -54,11 +55,17 @@ const usersMax = 50_000
 const servicesMax = 20_000
 const rolesMax = 1_000
 
-export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs: number }): Facts {
-  const { pool, feed, maxAgeMs } = options
+export function createFacts(options: {
+  pool: pg.Pool
+  feed: Pick<ChangeFeed, 'onChange' | 'onReset' | 'isLive' | 'caughtUp'>
+  maxAgeMs: number
+  clock: Clock
+}): Facts {
+  const { pool, feed, maxAgeMs, clock } = options
 
   const devices = keepFacts<DeviceFacts | undefined>({
     feed,
+    clock,
     kind: 'device',
     max: devicesMax,
     async load(id) {
@@ -73,6 +80,7 @@ export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs
   })
   const users = keepFacts<UserFacts | undefined>({
     feed,
+    clock,
     kind: 'user',
     max: usersMax,
     async load(name) {
@@ -87,6 +95,7 @@ export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs
   })
   const services = keepFacts<ServiceFacts | undefined>({
     feed,
+    clock,
     kind: 'service',
     max: servicesMax,
     async load(id) {
@@ -96,6 +105,7 @@ export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs
   })
   const grants = keepFacts<Map<string, string[]>>({
     feed,
+    clock,
     kind: 'grants',
     max: rolesMax,
     async load(role) {
@@ -108,6 +118,7 @@ export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs
   })
   const policy = keepFacts<PolicyFacts>({
     feed,
+    clock,
     kind: 'policy',
     max: 1,
     async load() {
@@ -124,7 +135,7 @@ export function createFacts(options: { pool: pg.Pool; feed: ChangeFeed; maxAgeMs
     const measuredAtMs = fact.value?.measuredAtMs
     if (!measuredAtMs) return fact
     const staleAt = measuredAtMs + maxAgeMs
-    if (Date.now() < staleAt || fact.loadedAt >= staleAt) return fact
+    if (clock() < staleAt || fact.loadedAt >= staleAt) return fact
     devices.forget(id)
     return devices.get(id)
   }

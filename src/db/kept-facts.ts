@@ -6,6 +6,7 @@
  * nothing that this instance could know of has changed.
  */
 import { LRUCache } from 'lru-cache'
+import { type Clock, systemClock } from '../clock.ts'
 import type { ChangeFeed } from './change-feed.ts'
 
 export type Fact<V> = { version: number; loadedAt: number; value: V }
@@ -30,8 +31,9 @@ export function keepFacts<V>(options: {
   load: (id: string) => Promise<V>
   /** For facts that are kept under other names than the feed's: whether a change of `changed` concerns them. */
   concerns?: (changed: string, value: V) => boolean
+  clock?: Clock
 }): KeptFacts<V> {
-  const { feed, kind, max, load, concerns } = options
+  const { feed, kind, max, load, concerns, clock = systemClock } = options
   const kept = new LRUCache<string, Fact<V>>({ max })
   const loading = new Map<string, Promise<Fact<V>>>()
 
@@ -59,7 +61,7 @@ export function keepFacts<V>(options: {
   function start(id: string): Promise<Fact<V>> {
     const started: Promise<Fact<V>> = load(id).then(
       value => {
-        const fact = { version: ++versions, loadedAt: Date.now(), value }
+        const fact = { version: ++versions, loadedAt: clock(), value }
         if (loading.get(id) === started) {
           loading.delete(id)
           kept.set(id, fact)

@@ -54,7 +54,7 @@ export type MetricSources = {
   /** By method. */
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
-  decisionCache: () => { entries: number; hits: number; misses: number }
+  decisionCache: () => { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<string, number> }
   /** How far the change feed is behind. */
   feedLagSeconds: () => number
   /** Ends of the lives of authorities and of the server's certificate, ms since epoch, with what they are the ends of. */
@@ -238,6 +238,11 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
     counter('edgemesh_decision_cache_hits_total', 'Decisions found', result => result.observe(decisionCache().hits))
     counter('edgemesh_decision_cache_misses_total', 'Decisions not found and made', result =>
       result.observe(decisionCache().misses),
+    )
+    counter(
+      'edgemesh_decision_cache_invalidations_total',
+      'Decisions held that could not be used again, by what has changed',
+      each('cause', () => decisionCache().invalidations),
     )
   }
   if (expiries) watchExpiries(meter, expiries)

@@ -1,0 +1,329 @@
+/**
+ * The decision cache against an oracle that keeps nothing: two instances on one database, whatever happens to facts, data of
+ * the policy, policies and clocks. Never is something allowed that the oracle denies.
+ */
+import test from 'ava'
+import fc from 'fast-check'
+import { type AccessQuestion, createDecider, type Decider } from '../../src/access/decide.ts'
+import { createFacts, type Facts, type Ground } from '../../src/access/facts.ts'
+import type { PolicyEngine } from '../../src/access/policy-engine.ts'
+import { startWasmPolicy } from '../../src/access/policy-wasm.ts'
+import { type ChangeFeed, changeChannel, startChangeFeed } from '../../src/db/change-feed.ts'
+import { createLog } from '../../src/telemetry/log.ts'
+import { testDatabase } from '../support/postgres.ts'
+
+const runs = 15
+const maxAgeMs = 300_000
+/** A Monday, ten minutes before the hours begin. */
+const start = Date.parse('2026-03-02T07:50:00Z')
+
+const shipped = await startWasmPolicy()
+const log = createLog({ level: 'silent' })
+
+/** Policies that an instance may be given: the shipped one, and such as deny more. */
+const policies = [
+  { revision: 'shipped', denies: () => false },
+  { revision: 'nobody writes', denies: (action: string) => action === 'write' },
+  { revision: 'nobody does anything', denies: () => true },
+]
+
+/** The policy of one instance, which can be replaced. */
+function replaceablePolicy(): PolicyEngine & { use(policy: number): void } {
+  const listeners: ((revision: string) => void)[] = []
+  let at = 0
+  const policy = () => policies[at] as (typeof policies)[number]
+  return {
+    ...shipped,
+    revision: () => policy().revision,
+    evaluate(entrypoint, input) {
+      const decision = shipped.evaluate(entrypoint, input)
+      if (!('action' in input) || !policy().denies(input.action) || decision instanceof Promise) return decision
+      const reason = { code: 'NOT_NOW', field: 'action', actual: input.action, required: 'another', message: 'No.' }
+      return { ...decision, allow: false, reasons: [reason], validForSeconds: Math.min(60, decision.validForSeconds) }
+    },
+    onRevision: listener => void listeners.push(listener),
+    use(policy) {
+      if (policy === at) return
+      at = policy
+      for (const listener of listeners) listener(policies[at]?.revision ?? '')
+    },
+  }
+}
+
+type Instance = { facts: Facts; decider: Decider; engine: ReturnType<typeof replaceablePolicy>; feed: ChangeFeed }
+
+/** Statements, and the keys that are announced with them when they commit. */
+type Change = { sql: string; values: unknown[]; keys: string[] }
+
+const device = fc.constantFrom('alpha', 'beta')
+const user = fc.constantFrom('ada', 'eve')
+const service = fc.constantFrom('orders', 'mail')
+const role = fc.constantFrom('engineer', 'admin')
+const mostly = fc.oneof({ weight: 3, arbitrary: fc.constant(true) }, { weight: 1, arbitrary: fc.constant(false) })
+
+const deviceChange = fc
+  .tuple(device, mostly, fc.constantFrom('pending', 'quarantined', 'revoked'))
+  .map(([id, isActive, other]) => ({
+    sql: `update devices set status = $2 where id = $1`,
+    values: [id, isActive ? 'active' : other],
+    keys: [`device:${id}`],
+  }))
+const deviceEnd = device.map(id => ({ sql: 'delete from devices where id = $1', values: [id], keys: [`device:${id}`] }))
+const userChange = fc.tuple(user, role, mostly).map(([id, role, isActive]) => ({
+  sql: `insert into users (id, email, name, role, status, created_at) values ($1, $1 || '@example.com', '', $2, $3, now())
+    on conflict (id) do update set role = excluded.role, status = excluded.status`,
+  values: [id, role, isActive ? 'active' : 'disabled'],
+  keys: [`user:${id}`],
+}))
+/** An e-mail address that questions name is nobody's from now on. */
+const addressChange = user.map(id => ({
+  sql: `update users set email = $1 || '@elsewhere' where id = $1`,
+  values: [id],
+  keys: [`user:${id}`],
+}))
+const userEnd = user.map(id => ({ sql: 'delete from users where id = $1', values: [id], keys: [`user:${id}`] }))
+const serviceChange = fc.tuple(service, mostly).map(([id, isActive]) => ({
+  sql: `insert into services (id, name, labels, owner, status, created_at) values ($1, '', '{}', '', $2, now())
+    on conflict (id) do update set status = excluded.status`,
+  values: [id, isActive ? 'active' : 'disabled'],
+  keys: [`service:${id}`],
+}))
+const grantsChange = fc
+  .tuple(role, service, fc.constantFrom([], ['connect'], ['write'], ['*']))
+  .map(([role, service, actions]) => ({
+    sql: `insert into role_grants (role, service, actions, created_at) values ($1, $2, $3, now())
+      on conflict (role, service) do update set actions = excluded.actions`,
+    values: [role, service, JSON.stringify(actions)],
+    keys: [`grants:${role}`],
+  }))
+const dataChange = fc.tuple(fc.constantFrom(90, 50, null), fc.constantFrom(null, 480, 485)).map(([cpu, from]) => {
+  const hours = { timezone: 'UTC', days: ['mon', 'tue'], start_minute: from, end_minute: 600, exempt_roles: ['admin'] }
+  return {
+    sql: `update policy_data set requirements = requirements || jsonb_build_object('cpu_percent_max', $1::int), hours = $2`,
+    values: [cpu, from === null ? null : JSON.stringify(hours)],
+    keys: ['policy:data'],
+  }
+})
+
+const change: fc.Arbitrary<Change> = fc.oneof(
+  deviceChange,
+  { weight: 1, arbitrary: deviceEnd },
+  userChange,
+  addressChange,
+  userEnd,
+  serviceChange,
+  grantsChange,
+  dataChange,
+)
+
+const question: fc.Arbitrary<AccessQuestion> = fc.record({
+  deviceId: fc.oneof({ weight: 5, arbitrary: device }, { weight: 1, arbitrary: fc.constant('nobody') }),
+  user: fc.constantFrom('ada', 'eve', 'ADA@example.com'),
+  service,
+  action: fc.constantFrom('connect', 'write'),
+})
+
+const instance = fc.constantFrom(0, 1)
+
+const event = fc.oneof(
+  { weight: 4, arbitrary: change.map(change => ({ kind: 'change' as const, change })) },
+  // A report that policy can see, and one that moves nothing but its time: the others are not told of that.
+  {
+    weight: 3,
+    arbitrary: fc.record({
+      kind: fc.constant('report' as const),
+      device,
+      isGood: mostly,
+      cpu: fc.constantFrom(10, 60),
+    }),
+  },
+  { weight: 2, arbitrary: fc.record({ kind: fc.constant('quiet report' as const), device, instance }) },
+  { weight: 1, arbitrary: fc.record({ kind: fc.constant('policy' as const), instance, policy: fc.nat(2) }) },
+  {
+    weight: 3,
+    arbitrary: fc.record({
+      kind: fc.constant('time' as const),
+      seconds: fc.constantFrom(1, 59, 240, 299, 300, 600, 7_200, -1, -900),
+    }),
+  },
+)
+
+const step = fc.record({
+  event,
+  /** Under way while it happens; their answers may be of before, what they leave in memory must not be used after. */
+  meanwhile: fc.array(question, { maxLength: 2 }),
+  questions: fc.array(question, { minLength: 1, maxLength: 3 }),
+  /** At which part of its time an allow is looked at again. */
+  part: fc.double({ min: 0, max: 1, noNaN: true }),
+})
+
+test('whatever changes, at two instances nothing is allowed that a server without memory denies', async t => {
+  t.timeout(240_000)
+  const db = await testDatabase(t)
+  const feeds = await Promise.all([1, 2].map(n => startChangeFeed({ url: db.url, instanceId: `instance-${n}`, log })))
+  t.teardown(() => Promise.all(feeds.map(feed => feed.stop())))
+  let time = start
+  const counts = { hits: 0, allowed: 0 }
+
+  /** Commits, and waits until both instances have been told of it. */
+  async function commit({ sql, values, keys }: Change): Promise<void> {
+    const marker = `marker:${++markers}`
+    const seen = Promise.all(awaited.map(waiting => new Promise<void>(resolve => void waiting.set(marker, resolve))))
+    const client = await db.pool.connect()
+    try {
+      await client.query('begin')
+      await client.query(sql, values)
+      await client.query(`select pg_notify('${changeChannel}', $1)`, [[...keys, marker].join('\n')])
+      await client.query('commit')
+    } catch (error) {
+      await client.query('rollback')
+      throw error
+    } finally {
+      client.release()
+    }
+    await seen
+  }
+  let markers = 0
+  const awaited = feeds.map(() => new Map<string, () => void>())
+
+  function startInstance(feed: ChangeFeed): Instance {
+    const engine = replaceablePolicy()
+    const facts = createFacts({ pool: db.pool, feed, maxAgeMs, clock: () => time })
+    return { feed, facts, engine, decider: createDecider({ facts, engine, clock: () => time, onError: 'deny' }) }
+  }
+
+  /** Everything read and decided anew, under the policy that the instance has now. */
+  async function oracle(question: AccessQuestion, { engine }: Instance, at: number): Promise<boolean> {
+    const clock = () => at
+    const deaf = { onChange() {}, onReset() {}, isLive: () => true, caughtUp: async () => {} }
+    const facts = createFacts({ pool: db.pool, feed: deaf, maxAgeMs, clock })
+    const { verdict } = await createDecider({ facts, engine, clock, onError: 'deny' }).decide(question)
+    return verdict.allow
+  }
+
+  async function happen(what: typeof event extends fc.Arbitrary<infer E> ? E : never, instances: Instance[]) {
+    if (what.kind === 'change') return commit(what.change)
+    if (what.kind === 'policy') return instances[what.instance]?.engine.use(what.policy)
+    if (what.kind === 'time') {
+      time += what.seconds * 1_000
+      return
+    }
+    const id = what.device
+    if (what.kind === 'report') return commit(report(id, what.isGood, what.cpu))
+    // A report after the device had been stale is announced, as a change is.
+    const { rowCount } = await db.pool.query(
+      `update device_postures set measured_at = greatest(measured_at, $2) where device_id = $1 and measured_at > $3`,
+      [id, new Date(time), new Date(time - maxAgeMs)],
+    )
+    if (rowCount) instances[what.instance]?.facts.reported(id, time)
+  }
+
+  function report(id: string, isGood: boolean, cpuPercent: number): Change {
+    const posture = { cpuPercent, memoryPercent: 10, patchesCurrent: true, antivirusEnabled: true, attributes: {} }
+    return {
+      sql: `with known as (
+          insert into devices (id, type, os, os_version, labels, status, spiffe_id, public_key_sha256, enrolled_at, updated_at)
+          values ($1, 'laptop', '', '', '{}', 'active', $1, '', now(), now())
+          on conflict (id) do update set updated_at = now() returning id)
+        insert into device_postures (device_id, posture, failing, measured_at, received_at)
+        select id, $2, '[]', $3, now() from known
+        on conflict (device_id) do update set posture = excluded.posture, measured_at = excluded.measured_at`,
+      values: [id, JSON.stringify({ ...posture, diskEncrypted: isGood }), new Date(time)],
+      keys: [`device:${id}`],
+    }
+  }
+
+  /** Everybody may do everything, until something happens. */
+  async function begin(): Promise<Instance[]> {
+    time = start
+    await db.pool.query('delete from devices; delete from users; delete from services; delete from role_grants')
+    await db.pool.query(`insert into users (id, email, name, role, status, created_at)
+      select id, id || '@example.com', '', 'engineer', 'active', now() from unnest(array['ada', 'eve']) as id`)
+    await db.pool.query(`insert into services (id, name, labels, owner, status, created_at)
+      select id, '', '{}', '', 'active', now() from unnest(array['orders', 'mail']) as id`)
+    await db.pool.query(`insert into role_grants (role, service, actions, created_at)
+      select role, '*', '["*"]', now() from unnest(array['engineer', 'admin']) as role`)
+    await db.pool.query(`update policy_data set hours = null`)
+    for (const id of ['alpha', 'beta']) await commit(report(id, true, 10))
+    return feeds.map(startInstance)
+  }
+
+  // All that listen to a feed have heard of a change before anybody who awaits it goes on.
+  feeds.forEach((feed, at) => {
+    feed.onChange(keys => {
+      for (const key of keys) awaited[at]?.get(key)?.()
+    })
+  })
+
+  await fc.assert(
+    fc.asyncProperty(fc.array(step, { minLength: 4, maxLength: 10 }), async steps => {
+      const instances = await begin()
+      for (const { event, meanwhile, questions, part } of steps) {
+        const underWay = instances.flatMap(({ decider }) => meanwhile.map(question => decider.decide(question)))
+        await happen(event, instances)
+        await Promise.all(underWay)
+        for (const question of [...questions, ...meanwhile]) {
+          for (const [at, instance] of instances.entries()) {
+            const { verdict } = await instance.decider.decide(question)
+            const now = await oracle(question, instance, time)
+            if (verdict.allow && !now) t.fail(`instance ${at} allows what is denied: ${JSON.stringify(question)}`)
+            if (!verdict.allow) continue
+            counts.allowed++
+            const until = verdict.expiresAtMs - 1
+            const later = Math.floor(time + (until - time) * part)
+            const holds = await oracle(question, instance, later)
+            if (!holds) t.fail(`instance ${at} says that it holds for longer than it does: ${JSON.stringify(question)}`)
+          }
+        }
+      }
+      for (const { decider } of instances) counts.hits += decider.stats().hits
+    }),
+    { numRuns: runs, endOnFailure: true },
+  )
+  t.log(`${counts.allowed} allowed, ${counts.hits} answers from memory`)
+  // A cache that is never used is never wrong.
+  t.true(counts.hits > 0 && counts.allowed > 0)
+})
+
+test('a verdict that can not be used again is counted under what has ended it', async t => {
+  let [time, version] = [start, 0]
+  const fact = <V>(value: V) => ({ version: ++version, loadedAt: start, value })
+  const requirements = {
+    ...{ patches_current: false, antivirus_enabled: false, disk_encrypted: false, firewall_enabled: false },
+    ...{ cpu_percent_max: null, memory_percent_max: null, disk_percent_max: null },
+  }
+  let ground: Ground = {
+    device: fact(undefined),
+    user: fact(undefined),
+    service: fact(undefined),
+    grants: fact(new Map()),
+    policy: fact({ requirements, hours: null }),
+  }
+  const engine = replaceablePolicy()
+  const facts = { ground: async () => ground, maxAgeMs } as unknown as Facts
+  const decider = createDecider({ facts, engine, clock: () => time, onError: 'deny' })
+  const question = { deviceId: 'alpha', user: 'ada', service: 'orders', action: 'connect' }
+  const counted = async () => {
+    await decider.decide(question)
+    return Object.fromEntries(decider.stats().invalidations)
+  }
+  const none = { device: 0, user: 0, service: 0, grants: 0, policy: 0, revision: 0, time: 0 }
+  t.deepEqual(await counted(), none)
+  t.deepEqual(await counted(), none)
+  t.is(decider.stats().hits, 1)
+  const expected: Record<string, number> = { ...none }
+  for (const part of ['device', 'user', 'service', 'grants', 'policy'] as const) {
+    ground = { ...ground, [part]: fact(ground[part].value) }
+    expected[part] = 1
+    t.deepEqual(await counted(), expected)
+  }
+  engine.use(1)
+  t.deepEqual(await counted(), { ...expected, revision: 1 })
+  // A denial holds for a minute; and a clock that is set back is before all that was decided.
+  time += 60_000
+  t.deepEqual(await counted(), { ...expected, revision: 1, time: 1 })
+  time -= 1
+  t.deepEqual(await counted(), { ...expected, revision: 1, time: 2 })
+  t.is(decider.stats().hits, 1)
+  t.is(decider.stats().entries, 1)
+})
