@@ -37,7 +37,7 @@ import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
 import { createIssuance, isLateInLife } from './identity/issuance.ts'
-import { issueOperator } from './identity/operator.ts'
+import { type CertifiedName, issueOperator, issueServiceIdentity } from './identity/operator.ts'
 import { createRedemptions } from './identity/redemption.ts'
 import { createRenew } from './identity/renew.ts'
 import { createRotation } from './identity/rotation.ts'
@@ -60,7 +60,7 @@ export const entities = [...identityEntities, ...fleetEntities, ...accessEntitie
 export const { version } = createRequire(import.meta.url)('../package.json') as { version: string }
 
 export type OperatorRequest = { name: string; role: string; csr: Uint8Array; validityMs: number }
-export type OperatorCertificate = { certificatePem: string; rootsPem: string; notAfter: Date }
+export type ServiceRequest = { name: string; csr: Uint8Array; validityMs: number }
 
 export type RunningServer = {
   apiPort: number
@@ -71,7 +71,7 @@ export type RunningServer = {
   rootsPem: string
   /** False when the database already had an authority. */
   createdAuthority: boolean
-  issueOperator(request: OperatorRequest): Promise<OperatorCertificate>
+  issueOperator(request: OperatorRequest): Promise<CertifiedName>
   readiness(): Promise<Readiness>
   /** Asks devices to reconnect, finishes what is under way, and stops everything. */
   stop(): Promise<void>
@@ -508,7 +508,8 @@ export async function openOffline(
   db: Database
   /** Makes the authority if there is none yet. */
   authorities(): Promise<AuthoritySet & { created: boolean }>
-  issueOperator(request: OperatorRequest): Promise<OperatorCertificate>
+  issueOperator(request: OperatorRequest): Promise<CertifiedName>
+  issueServiceIdentity(request: ServiceRequest): Promise<CertifiedName>
   close(): Promise<void>
 }> {
   const stops: (() => Promise<void> | void)[] = []
@@ -521,6 +522,14 @@ export async function openOffline(
       await db.migrate()
       return openAuthorities(authorityOptionsOf(settings, db, systemClock))
     }
+    const openIssuing = async () => {
+      const { trustDomain, crlUrl } = settings.identity
+      const { set } = await openMigrated()
+      const authorities = { current: () => set }
+      const caughtUp = async () => {}
+      const issuance = createIssuance({ db, authorities, trustDomain, crlUrl, caughtUp, clock: systemClock })
+      return { db, authorities, issuance }
+    }
     return {
       db,
       close,
@@ -528,20 +537,8 @@ export async function openOffline(
         const { set, created } = await openMigrated()
         return { ...set, created }
       },
-      async issueOperator(request) {
-        const { trustDomain, crlUrl } = settings.identity
-        const { set } = await openMigrated()
-        const authorities = { current: () => set }
-        const issuance = createIssuance({
-          db,
-          authorities,
-          trustDomain,
-          crlUrl,
-          caughtUp: async () => {},
-          clock: systemClock,
-        })
-        return issueOperator({ db, authorities, issuance }, request)
-      },
+      issueOperator: async request => issueOperator(await openIssuing(), request),
+      issueServiceIdentity: async request => issueServiceIdentity(await openIssuing(), request),
     }
   } catch (error) {
     await close()

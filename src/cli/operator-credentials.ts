@@ -1,5 +1,6 @@
 /**
- * An operator's credentials: a folder of PEM files.
+ * The credentials of an operator, or of a service: a folder of PEM files that openssl, grpcurl, curl and Envoy take as
+ * they are. Those of a service are called service.key and so on.
  *
  *     operator.key      private key, PKCS#8; readable by its owner only
  *     operator.key.new  the key of a renewal that has not been finished
@@ -15,22 +16,30 @@ import { CommandFailure } from './failure.ts'
 
 export type OperatorCredentials = KeyPair & { rootsPem: string; server?: string }
 
-const pairFiles = { key: 'operator.key', newKey: 'operator.key.new', certificate: 'operator.crt' }
+const pairFilesOf = (holder: 'operator' | 'service') => ({
+  key: `${holder}.key`,
+  newKey: `${holder}.key.new`,
+  certificate: `${holder}.crt`,
+})
 const rootsFile = 'ca.crt'
 const serverFile = 'server'
 
 /** All of it, or what was there before. */
-export async function saveCredentials(folder: string, credentials: OperatorCredentials): Promise<void> {
+export async function saveCredentials(
+  folder: string,
+  credentials: OperatorCredentials,
+  holder: 'operator' | 'service' = 'operator',
+): Promise<void> {
   // The roots fit the certificate before this one too: they are only added to before the old ones are of no more use.
   await writeWhole(join(folder, rootsFile), credentials.rootsPem, everyoneReads)
-  await saveKeyPair(folder, pairFiles, credentials)
+  await saveKeyPair(folder, pairFilesOf(holder), credentials)
   if (credentials.server) await writeWhole(join(folder, serverFile), `${credentials.server}\n`, everyoneReads)
 }
 
 /** `undefined` when any of the three PEM files is missing. */
 export async function findCredentials(folder: string): Promise<OperatorCredentials | undefined> {
   const [pair, rootsPem, server] = await Promise.all([
-    loadKeyPair(folder, pairFiles),
+    loadKeyPair(folder, pairFilesOf('operator')),
     readIfThere(join(folder, rootsFile)),
     readIfThere(join(folder, serverFile)),
   ])

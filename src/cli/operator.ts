@@ -1,22 +1,16 @@
 /** `edgemesh operator`: certificates for those who administrate, made beside the database and renewed from anywhere. */
 import { X509Certificate } from 'node:crypto'
 import { Command, Option } from 'commander'
-import { destination } from 'pino'
-import { createKey, signingRequestFor } from '../agent/csr.ts'
 import { renewCredentials } from '../agent/enroll.ts'
 import { comparingClocks } from '../agent/server-clock.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
-import { readSettings } from '../settings.ts'
-import { createLog } from '../telemetry/log.ts'
 import { type ConnectionOptions, connecting, findServer } from './admin-client.ts'
 import { CommandFailure } from './failure.ts'
-import { withSecretsIfKept } from './local-secrets.ts'
+import { certifyOffline, daysMax } from './offline-certificate.ts'
 import { saveCredentials } from './operator-credentials.ts'
 import { wholeNumber } from './option-values.ts'
 
 const roles = ['admin', 'operator', 'auditor']
-const dayMs = 86_400_000
-const daysMax = 825
 const daysDefault = 365
 
 export function operatorCommand(): Command {
@@ -59,27 +53,12 @@ Examples:
     .action(create)
 }
 
-async function create(name: string, options: CreateOptions): Promise<void> {
-  const env = await withSecretsIfKept(process.env, process.env.DATA_DIR || '.edgemesh')
-  const settings = readSettings({ LOG_LEVEL: 'WARN', ...env })
-  const { openOffline } = await import('../server.ts')
-  const offline = await openOffline(settings, createLog({ level: settings.log.level, destination: destination(2) }))
-  try {
-    const keyPem = createKey()
-    const csr = signingRequestFor(keyPem)
-    const { role, out, days } = options
-    const { certificatePem, rootsPem, notAfter } = await offline.issueOperator({
-      name,
-      role,
-      csr,
-      validityMs: days * dayMs,
-    })
-    await saveCredentials(out, { keyPem, certificatePem, rootsPem })
-    if (options.json) console.log(JSON.stringify({ name, role, folder: out, notAfter: notAfter.toISOString() }))
-    else console.log(`operator ${name} (${role}) is in ${out}, valid until ${notAfter.toISOString()}`)
-  } finally {
-    await offline.close()
-  }
+async function create(name: string, { role, out, days, json }: CreateOptions): Promise<void> {
+  const notAfter = await certifyOffline(out, 'operator', days, (offline, request) =>
+    offline.issueOperator({ name, role, ...request }),
+  )
+  if (json) console.log(JSON.stringify({ name, role, folder: out, notAfter: notAfter.toISOString() }))
+  else console.log(`operator ${name} (${role}) is in ${out}, valid until ${notAfter.toISOString()}`)
 }
 
 function renewCommand(): Command {

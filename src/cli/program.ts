@@ -14,6 +14,7 @@ import { operatorCommand } from './operator.ts'
 import { policyCommand } from './policy.ts'
 import { serveCommand } from './serve.ts'
 import { serviceCommand } from './service.ts'
+import { serviceIdentityCommand } from './service-identity.ts'
 import { tokenCommand } from './token.ts'
 import { userCommand } from './user.ts'
 
@@ -39,6 +40,7 @@ Examples:
 
   program.commandsGroup('Run a server:')
   for (const command of [devCommand(), serveCommand(), migrateCommand(), operatorCommand()]) program.addCommand(command)
+  program.addCommand(serviceIdentityCommand())
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)

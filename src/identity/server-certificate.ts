@@ -19,7 +19,7 @@ export type ServerCertificateKeeper = {
 }
 
 /** All instances are one service. */
-const serviceName = 'edgemesh'
+export const instancesName = 'edgemesh'
 const retryMs = 10_000
 /** Longer timers overflow in Node. */
 const timerMsMax = 2 ** 31 - 1
@@ -37,7 +37,7 @@ export async function keepServerCertificate(options: {
   const { db, authorities, issuance, names, validityMs, log } = options
   const subject = {
     kind: 'service' as const,
-    id: serviceName,
+    id: instancesName,
     server: {
       dnsNames: names.filter(name => !isIP(name)),
       ipAddresses: ['127.0.0.1', '::1', ...names.filter(name => isIP(name))],
