@@ -11,6 +11,7 @@ import { Server } from '@grpc/grpc-js'
 import { createAuthorize, createCheck, revocationEntry } from './access/authorize.ts'
 import { createDecider } from './access/decide.ts'
 import { accessEntities } from './access/entities.ts'
+import { createEnvoyCheck } from './access/envoy.ts'
 import { createFacts } from './access/facts.ts'
 import { keepInstanceRecord } from './access/instances.ts'
 import { createLeases } from './access/leases.ts'
@@ -160,7 +161,10 @@ async function compose(
   const standing = createStanding({
     pool: db.pool,
     feed,
-    isTrusted: keyId => authorities.current().trusted.some(({ issuerKeyId }) => issuerKeyId === keyId),
+    isTrusted: keyId =>
+      authorities
+        .current()
+        .trusted.some(({ issuerKeyId, generation }) => (keyId === null ? generation === 1 : issuerKeyId === keyId)),
   })
   let port: Port | undefined
   const serverCertificate = await keepServerCertificate({
@@ -324,6 +328,7 @@ async function compose(
       heartbeats,
       check: createCheck(authorizeDeps),
       authorize: createAuthorize(authorizeDeps),
+      envoyCheck: createEnvoyCheck({ ...authorizeDeps, standing, trustDomain }),
       admin: adminHandlers({
         db,
         clock,

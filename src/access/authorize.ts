@@ -284,7 +284,7 @@ function deviceAsked(request: CheckRequest, { caller }: Call): string {
   return caller.id
 }
 
-function checkQuestion(question: Question, deviceId: string, field: string): AccessQuestion {
+export function checkQuestion(question: Question, deviceId: string, field: string): AccessQuestion {
   if (question.id.length > questionIdCharactersMax) {
     throw invalidField(`${field}.id`, `has to be of at most ${questionIdCharactersMax} characters`)
   }
@@ -381,7 +381,7 @@ const openConnection = (lease: Lease) => ({
 
 type Decided = { question: AccessQuestion; verdict: Verdict }
 
-function decisionEntry(call: Call, deviceId: string, decided: Decided[], startedAt: number) {
+export function decisionEntry(call: Call, deviceId: string, decided: Decided[], startedAt: number) {
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
   return decisionRow({ ...call, caller: callerName(call.caller) }, deviceId, decided, latencyUs)
 }

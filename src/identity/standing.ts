@@ -16,6 +16,12 @@ export type Standing = {
   demand(caller: Identified): Promise<void>
   /** @throws Fault UNAUTHENTICATED CERTIFICATE_RETIRED unless the authority that issued the certificate is trusted */
   demandIssuer(caller: Pick<Identified, 'issuerKeyId'>): void
+  /**
+   * The same for a device's certificate that a proxy has seen, which is told by the SHA-256 of it.
+   *
+   * @throws Fault likewise; UNAUTHENTICATED also when the certificate has expired
+   */
+  demandSeen(deviceId: string, fingerprintSha256: string, nowMs: number): Promise<void>
 }
 
 /** Holders kept in memory, a few hundred bytes each. */
@@ -27,7 +33,7 @@ type Holder = {
   /** `undefined` where there is no such device (any more). */
   device: DeviceOnRecord | undefined
   /** By serial. */
-  certificates: Map<string, CertificateOnRecord>
+  certificates: Map<string, KeptCertificate>
 }
 
 type DeviceOnRecord = { status: string; statusReason: string }
@@ -35,11 +41,19 @@ type DeviceOnRecord = { status: string; statusReason: string }
 /** `revoked`: why; `null` where it was not. */
 type CertificateOnRecord = { revoked: string | null }
 
+type KeptCertificate = CertificateOnRecord & {
+  /** `null` until it is signed. */
+  fingerprintSha256: string | null
+  /** `null`: the first authority. */
+  issuerKeyId: string | null
+  notAfterMs: number
+}
+
 export function createStanding(options: {
   pool: pg.Pool
   feed: ChangeFeed
-  /** Whether an authority's certificates count, by its key identifier. */
-  isTrusted: (issuerKeyId: string) => boolean
+  /** Whether an authority's certificates count, by its key identifier; `null`: the first authority's. */
+  isTrusted: (issuerKeyId: string | null) => boolean
 }): Standing {
   const { pool, feed, isTrusted } = options
   const kinds = ['device', 'operator', 'service'] as const
@@ -48,14 +62,12 @@ export function createStanding(options: {
   )
 
   async function load(kind: Identified['kind'], id: string): Promise<Holder> {
-    const { rows } = await pool.query<{
-      serial: string
-      revoked: string | null
-      status: string | null
-      status_reason: string
-    }>(
+    const { rows } = await pool.query<
+      KeptCertificate & { serial: string; status: string | null; status_reason: string }
+    >(
       `select c.serial, case when c.revoked_at is not null then coalesce(c.revocation_reason, 'unspecified') end as revoked,
-         d.status, d.status_reason
+         c.fingerprint_sha256 as "fingerprintSha256", c.issuer_key_id as "issuerKeyId",
+         (extract(epoch from c.not_after) * 1000)::float8 as "notAfterMs", d.status, d.status_reason
        from certificates c left join devices d on c.subject_kind = 'device' and d.id = c.subject_id
        where c.subject_kind = $1 and c.subject_id = $2 and c.not_after > now() - make_interval(secs => $3)`,
       [kind, id, clockMarginSeconds],
@@ -63,7 +75,9 @@ export function createStanding(options: {
     const [first] = rows
     return {
       device: first?.status ? { status: first.status, statusReason: first.status_reason } : undefined,
-      certificates: new Map(rows.map(({ serial, revoked }) => [serial, { revoked }])),
+      certificates: new Map(
+        rows.map(({ serial, status: _, status_reason: __, ...certificate }) => [serial, certificate]),
+      ),
     }
   }
 
@@ -71,21 +85,41 @@ export function createStanding(options: {
     if (!isTrusted(issuerKeyId)) throw certificateRetired()
   }
 
+  /** A holder as memory has it, unless a certificate that `has` looks for may be younger than that. */
+  async function holderWith({ kind, id }: Pick<Identified, 'kind' | 'id'>, has: (holder: Holder) => boolean) {
+    const kept = holders[kind] as NonNullable<(typeof holders)[string]>
+    const { value: holder } = await kept.get(id)
+    if (has(holder)) return holder
+    kept.forget(id)
+    return (await kept.get(id)).value
+  }
+
   return {
     demandIssuer,
     async demand({ kind, id, serial, issuerKeyId }) {
       if (!feed.isLive()) await feed.caughtUp()
       demandIssuer({ issuerKeyId })
-      const kept = holders[kind] as NonNullable<(typeof holders)[string]>
-      let { value: holder } = await kept.get(id)
-      if (!holder.certificates.has(serial)) {
-        // It may be younger than what is in memory. Only who holds a certificate of ours gets here.
-        kept.forget(id)
-        holder = (await kept.get(id)).value
-      }
+      // Only who holds a certificate of ours gets here.
+      const holder = await holderWith({ kind, id }, ({ certificates }) => certificates.has(serial))
       demandUnrevoked({ kind, id }, holder.device, holder.certificates.get(serial))
     },
+
+    async demandSeen(id, fingerprintSha256, nowMs) {
+      if (!feed.isLive()) await feed.caughtUp()
+      const seen = ({ certificates }: Holder) =>
+        certificates.values().find(certificate => certificate.fingerprintSha256 === fingerprintSha256)
+      const holder = await holderWith({ kind: 'device', id }, holder => seen(holder) !== undefined)
+      const certificate = seen(holder)
+      demandUnrevoked({ kind: 'device', id }, holder.device, certificate)
+      if (!isTrusted(certificate.issuerKeyId)) throw certificateRetired()
+      if (certificate.notAfterMs <= nowMs) throw certificateExpired()
+    },
   }
+}
+
+export function certificateExpired(): Fault {
+  const message = 'the client certificate has expired: renew it, or enroll again'
+  return new Fault('UNAUTHENTICATED', 'CERTIFICATE_EXPIRED', message)
 }
 
 function certificateRetired(): Fault {
@@ -119,7 +153,7 @@ function demandUnrevoked(
   { kind, id }: Pick<Identified, 'kind' | 'id'>,
   device: DeviceOnRecord | undefined,
   certificate: CertificateOnRecord | undefined,
-): void {
+): asserts certificate {
   if (!certificate) {
     const message = 'this certificate authority has no record of the client certificate'
     throw new Fault('UNAUTHENTICATED', 'CERTIFICATE_UNKNOWN', message)

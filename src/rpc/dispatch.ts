@@ -43,6 +43,7 @@ export type Access =
   | 'device'
   | 'operator'
   | 'device, operator or service'
+  | 'device or service'
   | typeof evenExpired
 
 const evenExpired = 'operator or device, even expired'

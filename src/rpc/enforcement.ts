@@ -11,10 +11,10 @@ import type { Identified } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
-import type { Standing } from '../identity/standing.ts'
+import { certificateExpired, type Standing } from '../identity/standing.ts'
 import type { Log } from '../telemetry/log.ts'
 import type { Dispatch } from './dispatch.ts'
-import { certificateExpired, type Peer } from './peer.ts'
+import type { Peer } from './peer.ts'
 
 export type Enforcement = {
   /** A handshake is over. */
@@ -35,7 +35,7 @@ type Connection = { caller: Identified; socket: Socket; isEnding: boolean }
 /** To be started after `createStanding`, whose memory has to hear of a change first. */
 export function enforceStanding(options: {
   feed: ChangeFeed
-  standing: Standing
+  standing: Pick<Standing, 'demand'>
   dispatch: Dispatch
   /** Tells when other authorities are trusted than before. */
   onTrustChange: (listener: () => void) => void

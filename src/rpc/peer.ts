@@ -9,6 +9,7 @@ import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
 import { describeCertificate } from '../identity/certificates.ts'
+import { certificateExpired } from '../identity/standing.ts'
 import { plainAddress } from '../network.ts'
 
 export type Peer = {
@@ -63,15 +64,9 @@ export function callerOf(peer: Peer, nowMs: number): Caller {
   return 'refused' in identity || identity.notAfter <= nowMs ? { kind: 'anonymous' } : identity
 }
 
-const expired = 'the client certificate has expired: renew it, or enroll again'
-
-export function certificateExpired(): Fault {
-  return new Fault('UNAUTHENTICATED', 'CERTIFICATE_EXPIRED', expired)
-}
-
 /** What OpenSSL says, as stable reasons. Whatever is not listed means that the chain does not lead to our root. */
 const refusals: Record<string, PeerRefusal> = {
-  CERT_HAS_EXPIRED: { refused: 'CERTIFICATE_EXPIRED', message: expired },
+  CERT_HAS_EXPIRED: { refused: 'CERTIFICATE_EXPIRED', message: certificateExpired().message },
   CERT_NOT_YET_VALID: { refused: 'CERTIFICATE_NOT_YET_VALID', message: 'the client certificate is not valid yet' },
   INVALID_PURPOSE: {
     refused: 'CERTIFICATE_PURPOSE',

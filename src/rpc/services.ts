@@ -6,12 +6,14 @@ import type { PackageDefinition } from '@grpc/proto-loader'
 import { ReflectionService } from '@grpc/reflection'
 import { HealthImplementation } from 'grpc-health-check'
 import type { createAuthorize, createCheck } from '../access/authorize.ts'
+import type { createEnvoyCheck } from '../access/envoy.ts'
 import type { Call } from '../caller.ts'
 import type { Heartbeats } from '../fleet/heartbeat.ts'
 import { AdminServiceService } from '../gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceService } from '../gen/edgemesh/v1/enroll.ts'
 import { HeartbeatServiceService } from '../gen/edgemesh/v1/heartbeat.ts'
+import { AuthorizationService } from '../gen/envoy/service/auth/v3/external_auth.ts'
 import type { Challenges } from '../identity/challenge.ts'
 import type { createEnroll } from '../identity/enroll.ts'
 import type { createRenew } from '../identity/renew.ts'
@@ -28,13 +30,17 @@ export type Handlers = {
   heartbeats: Heartbeats
   check: ReturnType<typeof createCheck>
   authorize: ReturnType<typeof createAuthorize>
+  envoyCheck: ReturnType<typeof createEnvoyCheck>
   /** By the names of the generated AdminServiceServer. */
   admin: Record<string, (request: never, call: Call) => Promise<unknown>>
 }
 
 export type HealthStatus = { setServing(serving: boolean): void }
 
-const serviceNames = ['Enroll', 'Authorize', 'Heartbeat', 'Admin'].map(name => `edgemesh.v1.${name}Service`)
+const serviceNames = [
+  ...['Enroll', 'Authorize', 'Heartbeat', 'Admin'].map(name => `edgemesh.v1.${name}Service`),
+  'envoy.service.auth.v3.Authorization',
+]
 
 /** Adds all services to the dispatch. @returns what `grpc.health.v1` says */
 export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () => number): HealthStatus {
@@ -79,6 +85,11 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
     },
     'device',
   )
+  dispatch.add(
+    AuthorizationService as unknown as ServiceDefinition,
+    { check: { kind: 'unary', access: 'device or service', handle: handlers.envoyCheck } },
+    'device or service',
+  )
   const admin: Record<string, MethodHandler> = {}
   for (const [name, handle] of Object.entries(handlers.admin)) {
     admin[name] = {
@@ -109,7 +120,7 @@ function addHealth(dispatch: Dispatch): HealthStatus {
  * makes name types in a way that grpcurl can't follow.
  */
 function addReflection(dispatch: Dispatch): void {
-  const fileDescriptorProtos = ['edgemesh', 'health', 'errors'].flatMap(name =>
+  const fileDescriptorProtos = ['edgemesh', 'health', 'errors', 'envoy'].flatMap(name =>
     filesOf(readFileSync(new URL(`../gen/${name}.binpb`, import.meta.url))),
   )
   const definitions = { all: { fileDescriptorProtos } } as unknown as PackageDefinition

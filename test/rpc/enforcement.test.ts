@@ -33,8 +33,7 @@ function enforcement(t: ExecutionContext) {
   const asked: string[] = []
   /** Why a certificate is refused, by its serial. */
   const refusals = new Map<string, Fault>()
-  const standing: Standing = {
-    demandIssuer: () => {},
+  const standing: Pick<Standing, 'demand'> = {
     async demand({ serial }) {
       asked.push(serial)
       const refusal = refusals.get(serial)

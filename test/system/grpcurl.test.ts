@@ -49,6 +49,7 @@ curling('an operator sees the services', async t => {
     'edgemesh.v1.AuthorizeService',
     'edgemesh.v1.EnrollService',
     'edgemesh.v1.HeartbeatService',
+    'envoy.service.auth.v3.Authorization',
     'grpc.health.v1.Health',
   ]) {
     t.true(listed.includes(name), `${name} in ${stdout}${stderr}`)
@@ -68,6 +69,8 @@ curling('each service is described, down to its messages', async t => {
   const described = await curl('alpha', ['describe', 'edgemesh.v1.CreateEnrollmentTokenRequest'])
   t.regex(described.stdout, /map<string, string> labels = 3;/)
   t.regex(described.stdout, /\.google\.protobuf\.Duration lifetime = 2;/)
+  const proxys = await curl('operator', ['describe', 'envoy.service.auth.v3.AttributeContext.Peer'])
+  t.regex(proxys.stdout, /string certificate = 5/)
 })
 
 const question = (service: string) => ({ question: { id: 'q1', user: 'ada@example.com', service } })
