@@ -82,6 +82,17 @@ for (const [what, edit] of [
   })
 }
 
+proxied('where Envoy appends to what clients say, its own word counts, and no open quote swallows it', async t => {
+  const edit = (yaml: string) =>
+    yaml.replace('SANITIZE_SET', 'APPEND_FORWARD').replace('include_peer_certificate: true', '')
+  const { alpha, beta, envoy } = await start(t, edit)
+  const claim = 'Hash=00;URI=spiffe://edgemesh.local/device/alpha'
+  t.deepEqual(codes((await envoy.get(beta, { ...asAda, 'x-forwarded-client-cert': claim })).body), ['HEALTH_UNKNOWN'])
+  t.is((await envoy.get(alpha, { ...asAda, 'x-forwarded-client-cert': claim })).status, 200)
+  const swallowing = await envoy.get(beta, { ...asAda, 'x-forwarded-client-cert': `${claim};Subject="` })
+  t.deepEqual(codes(swallowing.body), ['FORWARDED_CERTIFICATE_MALFORMED'])
+})
+
 proxied('without include_peer_certificate, the hash that Envoy forwards tells the certificate', async t => {
   const { alpha, envoy } = await start(t, yaml => yaml.replace('include_peer_certificate: true', ''))
   t.is((await envoy.get(alpha, asAda)).status, 200)
