@@ -10,6 +10,7 @@ const anotherToken = 'make another with: edgemesh token create'
 const enrollAgain =
   'enroll it again: make a token with edgemesh token create, and start its agent with that in EDGEMESH_TOKEN; ' +
   'where the agent says that it has none, empty its --state folder first'
+const enrollAnew = `have an operator remove it: edgemesh device delete ID, and ${enrollAgain}`
 const setClock = 'set the clock of this host, and see that it is kept right (NTP)'
 const signAnew = 'get a new challenge with GetChallenge and sign a new request; edgemesh agent does so by itself'
 const strongKey =
@@ -44,6 +45,8 @@ const hints: Readonly<Record<string, string>> = {
   DEVICE_REVOKED:
     'it is out for good; enroll the machine as another device: another --state folder, another --id, a new token',
   DEVICE_DELETED: enrollAgain,
+  DEVICE_KEY_SUPERSEDED: `renew with its newest certificate, if it is still there; if not, ${enrollAnew}`,
+  DEVICE_CERTIFICATE_EXPIRED: `come back with that certificate: edgemesh agent with its --state folder; if it is lost, ${enrollAnew}`,
 
   // Certificate requests
   CSR_CHALLENGE_MISSING: signAnew,
@@ -82,8 +85,8 @@ const hints: Readonly<Record<string, string>> = {
   // Coming back with a certificate that has expired
   RECOVERY_NEEDS_APPROVAL:
     'have an operator let it in again: edgemesh device approve ID; the agent asks by itself until then',
-  RECOVERY_WINDOW_OVER: `it was away for longer than CERT_RECOVERY_DAYS; ${enrollAgain}`,
-  RECOVERY_SUPERSEDED: `its identity has been renewed with a newer certificate, perhaps by a copy of its --state folder; ${enrollAgain}`,
+  RECOVERY_WINDOW_OVER: `it was away for longer than CERT_RECOVERY_DAYS; ${enrollAnew}`,
+  RECOVERY_SUPERSEDED: `its identity has been renewed with a newer certificate, perhaps by a copy of its --state folder; ${enrollAnew}`,
 
   // The certificate authority
   ROTATION_NOT_READY:

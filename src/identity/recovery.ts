@@ -6,7 +6,7 @@
  * Therefore it never comes back as if nothing had been:
  *
  *     revoked, deleted, not on record           refused like any certificate of that kind
- *     away for longer than CERT_RECOVERY_DAYS   refused, unless it had asked in time: enroll again
+ *     away for longer than CERT_RECOVERY_DAYS   refused, unless it had asked in time: a new device
  *     has renewed since                         refused: an older certificate may be in other hands by now
  *     quarantined before                        gets its certificate, and stays quarantined
  *     active, CERT_RECOVERY=quarantine          gets its certificate, quarantined until an operator releases it
@@ -137,10 +137,14 @@ export function needsApproval(id: string): Fault {
 function windowOver({ id, notAfter }: Identified, windowMs: number): Fault {
   const expired = `the certificate of device ${id} expired at ${new Date(notAfter).toISOString()}`
   const why = windowMs > 0 ? `more than ${windowMs / dayMs} days ago` : 'and this service takes none back that has'
-  return new Fault('FAILED_PRECONDITION', 'RECOVERY_WINDOW_OVER', `${expired}, ${why}: enroll again with a new token`)
+  return new Fault(
+    'FAILED_PRECONDITION',
+    'RECOVERY_WINDOW_OVER',
+    `${expired}, ${why}: have an operator delete the device, then enroll it with a new token`,
+  )
 }
 
 function superseded(id: string): Fault {
-  const message = `device ${id} has a newer certificate than this one: show that one, or enroll again`
+  const message = `device ${id} has a newer certificate than this one: show that one, or have an operator delete the device and enroll it with a new token`
   return new Fault('FAILED_PRECONDITION', 'RECOVERY_SUPERSEDED', message)
 }

@@ -32,7 +32,7 @@ export type Redemptions = {
   firstUse(tokenId: string): Promise<FirstUse | undefined>
   /**
    * @throws Fault as `demandUsable` and `demandSameDevice` do; ALREADY_EXISTS DEVICE_EXISTS; FAILED_PRECONDITION
-   *   DEVICE_REVOKED, DEVICE_DELETED, CSR_REPLAYED; PERMISSION_DENIED ENROLLMENT_REJECTED; UNAVAILABLE
+   *   DEVICE_REVOKED, DEVICE_DELETED, DEVICE_KEY_SUPERSEDED, DEVICE_CERTIFICATE_EXPIRED, CSR_REPLAYED; PERMISSION_DENIED ENROLLMENT_REJECTED; UNAVAILABLE
    *   ENROLLMENTS_BEHIND
    */
   redeem(asked: Asked): Promise<Redeemed>
@@ -102,17 +102,27 @@ const insertDevice = {
 }
 
 /**
- * The lock makes a revocation, an approval or a renewal of the device wait, or be seen. A device is its key's: that with
- * which it enrolled, or one of a certificate that still stands. Certificates of a device that was deleted do not stand.
+ * The lock makes a revocation, an approval or a renewal of the device wait, or be seen. A device is known by the key with
+ * which it enrolled, and by those of its certificates that were not revoked. Those of a device that was deleted were.
+ *
+ * Of these keys the newest certificate's is the device's now; where nothing has been signed, that with which it enrolled.
  */
 const lockDevice = {
   name: 'lock device',
   text: `
     select id, status, status_reason as "statusReason", (extract(epoch from enrolled_at) * 1000)::float8 as "enrolledAtMs",
-      public_key_sha256 = $2 or exists (
+      devices.public_key_sha256 = $2 or exists (
         select from certificates c where c.subject_kind = 'device' and c.subject_id = devices.id
-          and c.public_key_sha256 = $2 and c.revoked_at is null) as ours
-    from devices where id = $1 for update`,
+          and c.public_key_sha256 = $2 and c.revoked_at is null) as ours,
+      coalesce(newest.public_key_sha256, $2) <> $2 as superseded,
+      (extract(epoch from newest.not_after) * 1000)::float8 as "notAfterMs"
+    from devices left join lateral (
+      select c.public_key_sha256, c.not_after from certificates c
+      where c.subject_kind = 'device' and c.subject_id = devices.id and c.revoked_at is null
+        and c.fingerprint_sha256 is not null
+      order by c.created_at desc limit 1
+    ) newest on true
+    where id = $1 for update of devices`,
 }
 
 const updateDevice = {
@@ -152,7 +162,18 @@ const writeRedemption = {
     select pg_notify('${changeChannel}', $14)`,
 }
 
-type DeviceRow = { id: string; status: string; statusReason: string; enrolledAtMs: number; ours: boolean }
+type DeviceRow = {
+  id: string
+  status: string
+  statusReason: string
+  enrolledAtMs: number
+  /** The key is, or was, the device's. */
+  ours: boolean
+  /** The device has a newer certificate, for another key. */
+  superseded: boolean
+  /** When its newest certificate ends; null where it has none. */
+  notAfterMs: number | null
+}
 
 export function createRedemptions(options: {
   pool: pg.Pool
@@ -174,7 +195,7 @@ export function createRedemptions(options: {
 
     // Step 2: The device: the one of this redemption, or one that comes to be with it.
     const device = before
-      ? await deviceOf(client, before, key, description)
+      ? await deviceOf(client, before, key, description, now)
       : await newDevice(client, token, key, description, now)
     const waits = isWaiting(device.status, token.requiresApproval && !before?.completedAt)
 
@@ -227,6 +248,7 @@ export function createRedemptions(options: {
     redemption: Redemption,
     key: CheckedCsr,
     description: Description,
+    now: Date,
   ): Promise<DeviceRow> {
     demandSameDevice(redemption, description)
     const { deviceId, redeemedAt, completedAt } = redemption
@@ -236,6 +258,9 @@ export function createRedemptions(options: {
     if (!remains) throw completedAt ? deviceDeleted(deviceId) : rejected(deviceId, '')
     if (device.status === 'revoked')
       throw completedAt ? deviceRevoked(deviceId) : rejected(deviceId, device.statusReason)
+    demandNewestKey(device)
+    // Who waits for an operator may wait for longer than the certificate of before lasts.
+    if (completedAt) demandUnexpired(device, now)
     return device
   }
 
@@ -269,6 +294,8 @@ export function createRedemptions(options: {
       throw new Fault('ALREADY_EXISTS', 'DEVICE_EXISTS', message, { metadata: { device_id: id } })
     }
     if (there.status === 'revoked') throw deviceRevoked(id)
+    demandNewestKey(there)
+    demandUnexpired(there, now)
     // What it may do changes with its labels: with a token that takes approval that is for an operator to decide, too.
     const after = there.status === 'active' ? status : there.status
     await client.query({ ...updateDevice, values: [id, type, os, osVersion, labels, after, now] })
@@ -336,6 +363,33 @@ async function redemptionIn(
 async function deviceIn(client: Queryable, id: string, key: CheckedCsr): Promise<DeviceRow | undefined> {
   const { rows } = await client.query<DeviceRow>({ ...lockDevice, values: [id, key.publicKeySha256] })
   return rows[0]
+}
+
+/**
+ * No token undoes the rules of `recovery.ts`: a key that the device has replaced may be in other hands by now.
+ *
+ * @throws Fault DEVICE_KEY_SUPERSEDED
+ */
+function demandNewestKey({ id, superseded }: DeviceRow): void {
+  if (!superseded) return
+  const message = `device ${id} has a newer certificate, for another key than this one`
+  const fix =
+    'renew by RenewCertificate with that certificate, or have an operator delete the device and enroll it anew'
+  const metadata = { device_id: id }
+  throw new Fault('FAILED_PRECONDITION', 'DEVICE_KEY_SUPERSEDED', `${message}: ${fix}`, { metadata })
+}
+
+/**
+ * And whoever was away until after its certificate had expired comes back by recovery, which is never silent.
+ *
+ * @throws Fault DEVICE_CERTIFICATE_EXPIRED
+ */
+function demandUnexpired({ id, notAfterMs }: DeviceRow, now: Date): void {
+  if (notAfterMs === null || now.getTime() < notAfterMs) return
+  const message = `the certificate of device ${id} expired at ${new Date(notAfterMs).toISOString()}`
+  const fix = 'come back by RenewCertificate with it, or have an operator delete the device and enroll it anew'
+  const metadata = { device_id: id }
+  throw new Fault('FAILED_PRECONDITION', 'DEVICE_CERTIFICATE_EXPIRED', `${message}: ${fix}`, { metadata })
 }
 
 function randomId(type: string): string {

@@ -209,6 +209,17 @@ test('a device that enrolls again with a token that takes approval is kept out u
   t.is((await call.identity()).deviceId, 'press-8')
 })
 
+test('an approval that comes after the certificate of before has expired lets the device in all the same', async t => {
+  const keyPem = newKey()
+  await mesh().enroll({ keyPem, device: { id: 'press-9' } })
+  const token = await mesh().token({ requiresApproval: true })
+  const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem, device: { id: 'press-9' } })
+  await call.pending()
+  await mesh().pool.query(`update certificates set not_after = now() where subject_id = 'press-9'`)
+  await approve(mesh(), 'press-9')
+  t.is((await call.identity()).deviceId, 'press-9')
+})
+
 test('a token of several uses enrolls each device with an approval of its own', async t => {
   const token = await mesh().token({ requiresApproval: true, usesMax: 2 })
   const calls = await Promise.all(

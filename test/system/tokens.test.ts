@@ -179,6 +179,62 @@ test('a device that was deleted does not come back by the token that it has used
   t.is(await usesOf(token), 1)
 })
 
+/** As if the device had been away for a hundred days since its certificate expired. */
+function longExpired(id: string) {
+  return mesh().pool.query(
+    `update certificates set not_before = now() - interval '200 days', not_after = now() - interval '100 days'
+     where subject_id = $1`,
+    [id],
+  )
+}
+
+async function certificatesOf(id: string): Promise<number> {
+  const { rows } = await mesh().pool.query('select from certificates where subject_id = $1', [id])
+  return rows.length
+}
+
+test('a key that its device has replaced gets no certificate with any token, and the newest key does', async t => {
+  const token = await mesh().token({ reusable: true })
+  const [first, second] = [newKey(), newKey()]
+  const device = await mesh().enroll({ token, keyPem: first, device: { id: 'press-k' } })
+  const { enroll } = mesh().clients(device)
+  await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, second) })
+  const before = await certificatesOf('press-k')
+  for (const tried of [token, await mesh().token()]) {
+    const seen = await refused(mesh().enroll({ token: tried, keyPem: first, device: { id: 'press-k' } }))
+    t.deepEqual([seen.code, seen.reason], ['FAILED_PRECONDITION', 'DEVICE_KEY_SUPERSEDED'])
+    t.regex(seen.message, /renew by RenewCertificate with that certificate, or have an operator delete the device/)
+  }
+  t.is(await certificatesOf('press-k'), before)
+  const again = await mesh().enroll({ keyPem: second, device: { id: 'press-k' } })
+  t.is(again.identity.deviceId, 'press-k', 'who has lost the certificate, but not the key, within its life')
+})
+
+test('a device whose certificate has expired does not come back by a token, be it new or its own', async t => {
+  const token = await mesh().token({ reusable: true, lifetime: { seconds: 365 * 86_400, nanos: 0 } })
+  const keyPem = newKey()
+  await mesh().enroll({ token, keyPem, device: { id: 'press-x' } })
+  await longExpired('press-x')
+  for (const tried of [token, await mesh().token()]) {
+    const seen = await refused(mesh().enroll({ token: tried, keyPem, device: { id: 'press-x' } }))
+    t.deepEqual([seen.code, seen.reason], ['FAILED_PRECONDITION', 'DEVICE_CERTIFICATE_EXPIRED'])
+    t.regex(seen.message, /come back by RenewCertificate with it, or have an operator delete the device/)
+  }
+  t.is(await certificatesOf('press-x'), 1)
+  await unary(mesh().admin, 'deleteDevice', { id: 'press-x' })
+  t.is((await mesh().enroll({ keyPem, device: { id: 'press-x' } })).identity.deviceId, 'press-x')
+})
+
+test('who was let in by a serial that was never signed repeats the call', async t => {
+  const token = await mesh().token()
+  const keyPem = newKey()
+  await mesh().enroll({ token, keyPem, device: { id: 'press-u' } })
+  await longExpired('press-u')
+  // The instance died between the commit and the signature.
+  await mesh().pool.query(`update certificates set fingerprint_sha256 = null where subject_id = 'press-u'`)
+  t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, 'press-u')
+})
+
 test('a device that was revoked is told so when it repeats its call, and stays revoked', async t => {
   const token = await mesh().token({ usesMax: 3 })
   const keyPem = createKey()

@@ -987,7 +987,8 @@ export const EnrollServiceService = {
    * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
-   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
+   * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
+   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
    */
   enroll: {
     path: "/edgemesh.v1.EnrollService/Enroll" as const,
@@ -1047,7 +1048,8 @@ export interface EnrollServiceServer extends UntypedServiceImplementation {
    * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
-   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
+   * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
+   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
    */
   enroll: handleServerStreamingCall<EnrollRequest, EnrollResponse>;
   /**
@@ -1093,7 +1095,8 @@ export interface EnrollServiceClient extends Client {
    * (a token of one use that another key has redeemed), TOKEN_FOR_OTHER_DEVICE, TOKEN_FOR_OTHER_TYPE,
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
-   * DEVICE_REVOKED. INVALID_ARGUMENT names the field.
+   * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
+   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
    */
   enroll(request: EnrollRequest, options?: Partial<CallOptions>): ClientReadableStream<EnrollResponse>;
   enroll(
