@@ -22,7 +22,7 @@ import type { RevocationReason } from '../identity/crl.ts'
 import { EnrollmentToken, TokenRedemption } from '../identity/entities.ts'
 import { isIdPattern } from '../identity/id-pattern.ts'
 import { type TokenState, tokenState } from '../identity/token-rules.ts'
-import { hashSecret, mintToken } from '../identity/token-text.ts'
+import { hashSecret, mintToken, secretKeyOf } from '../identity/token-text.ts'
 import { isNetwork } from '../network.ts'
 import { change } from './change.ts'
 import { deviceTypeName, deviceTypes } from './devices.ts'
@@ -99,9 +99,14 @@ export function tokenHandlers({
       const asked = check(createRequest, request)
       const minted = mintToken({ rootKeySha256: authority.current().issuing.rootKeySha256 })
       const now = clock()
+      const restrictions = {
+        requiresApproval: asked.requiresApproval,
+        deviceIdPattern: asked.deviceIdPattern || null,
+        sourceNetworks: asked.sourceNetworks,
+      }
       const token = {
         id: minted.id,
-        secretHash: hashSecret(minted.secret, tokenSecret),
+        secretHash: hashSecret(minted.secret, secretKeyOf(restrictions, tokenSecret)),
         usesMax: asked.usesMax,
         uses: 0,
         expiresAt: new Date(now + asked.lifetime),
@@ -109,9 +114,7 @@ export function tokenHandlers({
         labels: asked.labels,
         deviceType: asked.deviceType === DeviceType.UNSPECIFIED ? null : deviceTypeName(asked.deviceType),
         deviceId: asked.deviceId || null,
-        deviceIdPattern: asked.deviceIdPattern || null,
-        sourceNetworks: asked.sourceNetworks,
-        requiresApproval: asked.requiresApproval,
+        ...restrictions,
         createdBy: callerName(call.caller),
         createdAt: new Date(now),
       }

@@ -19,7 +19,7 @@ import type { Issuance, SignedCertificate, Subject } from './issuance.ts'
 import type { Redeemed, Redemptions } from './redemption.ts'
 import { formatSpiffeId } from './spiffe-id.ts'
 import { demandFitting, demandUsable, type Token, tokenState } from './token-rules.ts'
-import { parseToken, secretMatches } from './token-text.ts'
+import { parseToken, secretKeyOf, secretMatches } from './token-text.ts'
 import type { TrustBundleSource } from './trust-bundle.ts'
 
 export type EnrollDeps = {
@@ -105,8 +105,9 @@ export function identityOf(
 const noHash = Buffer.alloc(32)
 
 /** @throws Fault UNAUTHENTICATED TOKEN_UNKNOWN, TOKEN_SECRET_WRONG */
-function demandSecret(token: Token | undefined, secret: Buffer, key: string): asserts token is Token {
+function demandSecret(token: Token | undefined, secret: Buffer, tokenSecret: string): asserts token is Token {
   // The secret is compared even where there is no token: an id costs everyone the same time, known or not.
+  const key = token ? secretKeyOf(token, tokenSecret) : tokenSecret
   const matches = secretMatches(secret, key, token?.secretHash ?? noHash)
   if (!token) throw new Fault('UNAUTHENTICATED', 'TOKEN_UNKNOWN', 'there is no such enrollment token')
   if (!matches) {

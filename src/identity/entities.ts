@@ -6,7 +6,7 @@ export const EnrollmentToken = defineEntity({
   tableName: 'enrollment_tokens',
   properties: {
     id: p.text().primary(),
-    /** HMAC-SHA256 of the secret under ENROLLMENT_TOKEN_SECRET. The secret itself is never kept. */
+    /** HMAC-SHA256 of the secret under the key that `secretKeyOf` says. The secret itself is never kept. */
     secretHash: p.blob(),
     /** Null: any number, until it expires. */
     usesMax: p.integer().nullable(),

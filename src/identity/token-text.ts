@@ -68,6 +68,24 @@ export function hashSecret(secret: Uint8Array, key: string | Uint8Array): Buffer
   return createHmac('sha256', key).update(secret).digest()
 }
 
+/** More than the 32 bytes of a secret, so that it can't be the hash of one. */
+const restrictedTokens = 'edgemesh enrollment tokens with restrictions, version 1'
+
+/**
+ * The key for a token's secret, from ENROLLMENT_TOKEN_SECRET. Tokens with restrictions that the first version did not
+ * know have another one: during an update its instances run beside ours and would redeem them without those. So they
+ * find the secret wrong.
+ */
+export function secretKeyOf(
+  { requiresApproval, deviceIdPattern, sourceNetworks }: Restrictions,
+  tokenSecret: string,
+): string | Buffer {
+  const isRestricted = requiresApproval || deviceIdPattern || sourceNetworks.length > 0
+  return isRestricted ? hashSecret(Buffer.from(restrictedTokens), tokenSecret) : tokenSecret
+}
+
+type Restrictions = { requiresApproval: boolean; deviceIdPattern?: string | null; sourceNetworks: string[] }
+
 /** Takes the same time however much of the hash is right. */
 export function secretMatches(secret: Uint8Array, key: string | Uint8Array, storedHash: Uint8Array): boolean {
   const computed = hashSecret(secret, key)

@@ -5,7 +5,7 @@ import type { EnrollResponse } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from '../../src/identity/enroll.ts'
 import type { Redeemed } from '../../src/identity/redemption.ts'
-import { hashSecret, mintToken, parseToken } from '../../src/identity/token-text.ts'
+import { hashSecret, mintToken, parseToken, secretKeyOf } from '../../src/identity/token-text.ts'
 import { newCall } from '../admin/operator.ts'
 import { storedToken } from '../support/stored-token.ts'
 
@@ -19,11 +19,12 @@ const waits: Redeemed = { step: 'waits', deviceId: 'press-7', status: 'pending' 
 function scene(deps: Partial<EnrollDeps>) {
   const outcomes: string[] = []
   const { id, secret } = parseToken(token)
+  const restrictions = { deviceIdPattern: null, sourceNetworks: [], requiresApproval: true }
   const stored = storedToken({
     id,
-    secretHash: hashSecret(secret, tokenSecret),
+    secretHash: hashSecret(secret, secretKeyOf(restrictions, tokenSecret)),
     expiresAt: new Date(clock() + 60_000),
-    requiresApproval: true,
+    ...restrictions,
   })
   const enroll = createEnroll({
     challenges,

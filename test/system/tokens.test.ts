@@ -3,6 +3,7 @@ import test, { type ExecutionContext } from 'ava'
 import { createKey } from '../../src/agent/csr.ts'
 import type { CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
+import { parseToken, secretMatches } from '../../src/identity/tokens.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
   clientsOf,
@@ -13,6 +14,7 @@ import {
   freshCsr,
   healthy,
   refused,
+  secrets,
   sharedEdgeMesh,
   startEdgeMesh,
   startSecondInstance,
@@ -109,6 +111,28 @@ test('a key that has redeemed a token for one device is not made another by it',
   t.is(other.reason, 'TOKEN_FOR_OTHER_DEVICE')
   t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, 'saw-1')
   t.is(await usesOf(token), 1)
+})
+
+test('an instance of the version before finds the secret of a token wrong that has a restriction it does not know', async t => {
+  const asBefore = async (token: string) => {
+    const { rows } = await mesh().pool.query('select secret_hash as hash from enrollment_tokens where id = $1', [
+      idOf(token),
+    ])
+    return secretMatches(parseToken(token).secret, secrets.ENROLLMENT_TOKEN_SECRET, rows[0].hash)
+  }
+  for (const known of [{}, { usesMax: 3 }, { deviceId: 'plane-1' }, { labels: { site: 'berlin' } }]) {
+    t.true(await asBefore(await mesh().token(known)), JSON.stringify(known))
+  }
+  for (const [unknown, device] of [
+    [{ requiresApproval: true }, {}],
+    [{ deviceIdPattern: 'plane-*' }, { id: 'plane-2' }],
+    [{ sourceNetworks: ['127.0.0.0/8'] }, {}],
+  ] as [Partial<CreateEnrollmentTokenRequest>, Partial<DeviceDescription>][]) {
+    const token = await mesh().token(unknown)
+    t.false(await asBefore(token), JSON.stringify(unknown))
+    const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem: newKey(), device })
+    t.is((await call.first()).is, unknown.requiresApproval ? 'pending' : 'identity')
+  }
 })
 
 // ── Misuse ─────────────────────────────────────────────────────────────────────────────────────────────────────────
