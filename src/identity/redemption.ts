@@ -216,6 +216,8 @@ export function createRedemptions(options: {
     return { step: 'completed', reservation }
 
     async function write({ reservation }: { reservation: Reservation | undefined }): Promise<void> {
+      // Never before its device: one that was enrolled after a redemption is another, and clocks of instances differ.
+      const redeemedAt = new Date(Math.max(now.getTime(), device.enrolledAtMs))
       // The second event of one call, after an operator has decided, is of the time when it ends.
       const { row } = callEntry(call.audit.written ? { ...call, startedAt: now.getTime() } : call, { code: 'OK' })
       await client.query({
@@ -226,7 +228,7 @@ export function createRedemptions(options: {
           key.publicKeySha256,
           device.id,
           call.address,
-          now,
+          redeemedAt,
           reservation ? now : null,
           reservation?.serial ?? null,
           reservation?.key.sha256 ?? null,
@@ -271,7 +273,7 @@ export function createRedemptions(options: {
     key: CheckedCsr,
     description: Description,
     now: Date,
-  ): Promise<Pick<DeviceRow, 'id' | 'status'>> {
+  ): Promise<Pick<DeviceRow, 'id' | 'status' | 'enrolledAtMs'>> {
     const { type, os, osVersion } = description
     const id = token.deviceId || description.id || randomId(type)
     // What the token says beats the device's own word.
@@ -286,7 +288,7 @@ export function createRedemptions(options: {
       ...insertDevice,
       values: [id, type, os, osVersion, labels, status, spiffeId, key.publicKeySha256, now],
     })
-    if (inserted.rowCount === 1) return { id, status }
+    if (inserted.rowCount === 1) return { id, status, enrolledAtMs: now.getTime() }
 
     const there = await deviceIn(client, id, key)
     if (!there?.ours) {
@@ -299,7 +301,7 @@ export function createRedemptions(options: {
     // What it may do changes with its labels: with a token that takes approval that is for an operator to decide, too.
     const after = there.status === 'active' ? status : there.status
     await client.query({ ...updateDevice, values: [id, type, os, osVersion, labels, after, now] })
-    return { id, status: after }
+    return { id, status: after, enrolledAtMs: there.enrolledAtMs }
   }
 
   return {

@@ -2,7 +2,7 @@ import { X509Certificate } from 'node:crypto'
 import test, { type ExecutionContext } from 'ava'
 import { createKey } from '../../src/agent/csr.ts'
 import type { CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
-import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
+import { type DeviceDescription, DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { parseToken, secretMatches } from '../../src/identity/tokens.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
@@ -473,6 +473,22 @@ test('devices are revoked with a token that was revoked before; a device of the 
   })
   t.is(devicesRevoked, 1)
   await heartbeats(t, mesh(), later).beat(healthy)
+})
+
+test('a device of an instance whose clock is ahead repeats its call elsewhere, and is revoked with that token', async t => {
+  const ahead = await startEdgeMesh(t, { DATABASE_URL: mesh().databaseUrl }, undefined, () => Date.now() + 3_000)
+  const keyPem = newKey()
+  await ahead.enroll({ token: await mesh().token(), keyPem, device: { id: 'early-bird' } })
+  const token = await mesh().token({ usesMax: 3 })
+  await mesh().enroll({ token, keyPem, device: { id: 'early-bird' } })
+  t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, 'early-bird')
+  const { devicesRevoked } = await unary(mesh().admin, 'revokeEnrollmentToken', {
+    id: idOf(token),
+    revokeDevices: true,
+    reason: '',
+  })
+  t.is(devicesRevoked, 1)
+  t.is((await unary(mesh().admin, 'getDevice', { id: 'early-bird' })).device?.status, DeviceStatus.REVOKED)
 })
 
 test('however many devices redeem a token at two instances while it is revoked with its devices, none slips through', async t => {
