@@ -7,6 +7,7 @@
  *
  *     revoked, deleted, not on record           refused like any certificate of that kind
  *     away for longer than CERT_RECOVERY_DAYS   refused, unless it had asked in time: a new device
+ *     away for longer than twice that           refused, whether it had asked or been approved: nobody knows it any more
  *     has renewed since                         refused: an older certificate may be in other hands by now
  *     quarantined before                        gets its certificate, and stays quarantined
  *     active, CERT_RECOVERY=quarantine          gets its certificate, quarantined until an operator releases it
@@ -68,7 +69,9 @@ export async function comeBack(
 
   // Step 2. The device must not have been away for too long, nor be here already.
   const hasAsked = device.recoverySerial === serial
-  const isInTime = windowMs > 0 && (hasAsked || now.getTime() - caller.notAfter < windowMs)
+  // Who has asked in time has as long again, for an operator to decide and for the device to come and hear of it.
+  const inTimeMs = hasAsked ? 2 * windowMs : windowMs
+  const isInTime = windowMs > 0 && now.getTime() - caller.notAfter < inTimeMs
   if (!isInTime) throw windowOver(caller, windowMs)
   const { isSuperseded, isAnswered } = await newerCertificates(em, caller, wanted.publicKeySha256, now)
   if (isSuperseded) throw superseded(id)

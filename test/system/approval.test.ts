@@ -210,10 +210,10 @@ test('a device that enrolls again with a token that takes approval is kept out u
 })
 
 test('an approval that comes after the certificate of before has expired lets the device in all the same', async t => {
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ keyPem, device: { id: 'press-9' } })
   const token = await mesh().token({ requiresApproval: true })
-  const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem, device: { id: 'press-9' } })
+  const call = await startEnroll(t, enrollClientOf(mesh()), { token, keyPem, device: { id: 'press-9' } })
   await call.pending()
   await mesh().pool.query(`update certificates set not_after = now() where subject_id = 'press-9'`)
   await approve(mesh(), 'press-9')

@@ -170,6 +170,23 @@ test('who has asked in time may be approved after the time is over', async t => 
   t.is((await statusOf('patient')).status, DeviceStatus.ACTIVE)
 })
 
+test('who was approved and did not come for it until twice the time was over, is not let in any more', async t => {
+  const sixMinutes = { CERT_RECOVERY_DAYS: (0.1 / 24).toFixed(6), CERT_RECOVERY: 'approval' }
+  const hasty = await startSecondInstance(t, mesh(), sixMinutes)
+  for (const [id, expiredMinutesAgo, outcome] of [
+    ['forgetful-1', 11, undefined],
+    ['forgetful-2', 13, 'RECOVERY_WINDOW_OVER'],
+  ] as const) {
+    const { expired } = await away(id, { validForMs: -expiredMinutesAgo * minuteMs })
+    // It had asked in time, and an operator has approved it since.
+    await mesh().pool.query('update devices set recovery_serial = $1 where id = $2', [expired.serial, id])
+    const answer = comeBack(hasty, expired)
+    if (outcome) t.is((await refused(answer)).reason, outcome)
+    else await t.notThrowsAsync(answer)
+    t.is((await statusOf(id)).status, DeviceStatus.ACTIVE)
+  }
+})
+
 test('a quarantined device that comes back stays quarantined, whatever comes back elsewhere', async t => {
   const { expired } = await away('suspect')
   await unary(mesh().admin, 'quarantineDevice', { id: 'suspect', reason: 'odd traffic' })

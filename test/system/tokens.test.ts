@@ -3,7 +3,7 @@ import test, { type ExecutionContext } from 'ava'
 import { createKey } from '../../src/agent/csr.ts'
 import type { CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { type DeviceDescription, DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
-import { parseToken, secretMatches } from '../../src/identity/tokens.ts'
+import { parseToken, secretMatches } from '../../src/identity/token-text.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
   clientsOf,
@@ -116,7 +116,7 @@ test('a key that has redeemed a token for one device is not made another by it',
 test('an instance of the version before finds the secret of a token wrong that has a restriction it does not know', async t => {
   const asBefore = async (token: string) => {
     const { rows } = await mesh().pool.query('select secret_hash as hash from enrollment_tokens where id = $1', [
-      idOf(token),
+      tokenIdOf(token),
     ])
     return secretMatches(parseToken(token).secret, secrets.ENROLLMENT_TOKEN_SECRET, rows[0].hash)
   }
@@ -130,7 +130,7 @@ test('an instance of the version before finds the secret of a token wrong that h
   ] as [Partial<CreateEnrollmentTokenRequest>, Partial<DeviceDescription>][]) {
     const token = await mesh().token(unknown)
     t.false(await asBefore(token), JSON.stringify(unknown))
-    const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem: newKey(), device })
+    const call = await startEnroll(t, enrollClientOf(mesh()), { token, keyPem: createKey(), device })
     t.is((await call.first()).is, unknown.requiresApproval ? 'pending' : 'identity')
   }
 })
@@ -219,7 +219,7 @@ async function certificatesOf(id: string): Promise<number> {
 
 test('a key that its device has replaced gets no certificate with any token, and the newest key does', async t => {
   const token = await mesh().token({ reusable: true })
-  const [first, second] = [newKey(), newKey()]
+  const [first, second] = [createKey(), createKey()]
   const device = await mesh().enroll({ token, keyPem: first, device: { id: 'press-k' } })
   const { enroll } = mesh().clients(device)
   await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, second) })
@@ -236,7 +236,7 @@ test('a key that its device has replaced gets no certificate with any token, and
 
 test('a device whose certificate has expired does not come back by a token, be it new or its own', async t => {
   const token = await mesh().token({ reusable: true, lifetime: { seconds: 365 * 86_400, nanos: 0 } })
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ token, keyPem, device: { id: 'press-x' } })
   await longExpired('press-x')
   for (const tried of [token, await mesh().token()]) {
@@ -251,7 +251,7 @@ test('a device whose certificate has expired does not come back by a token, be i
 
 test('who was let in by a serial that was never signed repeats the call', async t => {
   const token = await mesh().token()
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ token, keyPem, device: { id: 'press-u' } })
   await longExpired('press-u')
   // The instance died between the commit and the signature.
@@ -477,13 +477,13 @@ test('devices are revoked with a token that was revoked before; a device of the 
 
 test('a device of an instance whose clock is ahead repeats its call elsewhere, and is revoked with that token', async t => {
   const ahead = await startEdgeMesh(t, { DATABASE_URL: mesh().databaseUrl }, undefined, () => Date.now() + 3_000)
-  const keyPem = newKey()
+  const keyPem = createKey()
   await ahead.enroll({ token: await mesh().token(), keyPem, device: { id: 'early-bird' } })
   const token = await mesh().token({ usesMax: 3 })
   await mesh().enroll({ token, keyPem, device: { id: 'early-bird' } })
   t.is((await mesh().enroll({ token, keyPem })).identity.deviceId, 'early-bird')
   const { devicesRevoked } = await unary(mesh().admin, 'revokeEnrollmentToken', {
-    id: idOf(token),
+    id: tokenIdOf(token),
     revokeDevices: true,
     reason: '',
   })
