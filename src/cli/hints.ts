@@ -45,6 +45,7 @@ const hints: Readonly<Record<string, string>> = {
   DEVICE_REVOKED:
     'it is out for good; enroll the machine as another device: another --state folder, another --id, a new token',
   DEVICE_DELETED: enrollAgain,
+  DEVICE_QUARANTINED: 'have an operator let it out first: edgemesh device release ID',
   DEVICE_KEY_SUPERSEDED: `renew with its newest certificate, if it is still there; if not, ${enrollAnew}`,
   DEVICE_CERTIFICATE_EXPIRED: `come back with that certificate: edgemesh agent with its --state folder; if it is lost, ${enrollAnew}`,
 

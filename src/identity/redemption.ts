@@ -32,7 +32,7 @@ export type Redemptions = {
   firstUse(tokenId: string): Promise<FirstUse | undefined>
   /**
    * @throws Fault as `demandUsable` and `demandSameDevice` do; ALREADY_EXISTS DEVICE_EXISTS; FAILED_PRECONDITION
-   *   DEVICE_REVOKED, DEVICE_DELETED, DEVICE_KEY_SUPERSEDED, DEVICE_CERTIFICATE_EXPIRED, CSR_REPLAYED; PERMISSION_DENIED ENROLLMENT_REJECTED; UNAVAILABLE
+   *   DEVICE_REVOKED, DEVICE_DELETED, DEVICE_KEY_SUPERSEDED, DEVICE_CERTIFICATE_EXPIRED, DEVICE_QUARANTINED, CSR_REPLAYED; PERMISSION_DENIED ENROLLMENT_REJECTED; UNAVAILABLE
    *   ENROLLMENTS_BEHIND
    */
   redeem(asked: Asked): Promise<Redeemed>
@@ -110,7 +110,7 @@ const insertDevice = {
 const lockDevice = {
   name: 'lock device',
   text: `
-    select id, status, status_reason as "statusReason", (extract(epoch from enrolled_at) * 1000)::float8 as "enrolledAtMs",
+    select id, status, status_reason as "statusReason", labels, (extract(epoch from enrolled_at) * 1000)::float8 as "enrolledAtMs",
       devices.public_key_sha256 = $2 or exists (
         select from certificates c where c.subject_kind = 'device' and c.subject_id = devices.id
           and c.public_key_sha256 = $2 and c.revoked_at is null) as ours,
@@ -128,8 +128,18 @@ const lockDevice = {
 const updateDevice = {
   name: 'update device',
   text: `
-    update devices set type = $2, os = $3, os_version = $4, labels = $5, status = $6, updated_at = $7 where id = $1`,
+    update devices set type = $2, os = $3, os_version = $4, labels = $5, updated_at = $6 where id = $1`,
 }
+
+/** With an approval a device that was there before stays as the operator saw it, but for what the token says. */
+const grantToken = {
+  name: 'grant token',
+  text: `
+    update devices set type = coalesce($2, type), labels = labels || $3::jsonb, updated_at = $4 where id = $1
+    returning labels`,
+}
+
+const keepOut = { name: 'keep out', text: `update devices set status = 'pending', updated_at = $2 where id = $1` }
 
 /**
  * All that a redemption leaves behind, but for its device: the token's use, once for each key ($2); the redemption, or
@@ -166,6 +176,7 @@ type DeviceRow = {
   id: string
   status: string
   statusReason: string
+  labels: Record<string, string>
   enrolledAtMs: number
   /** The key is, or was, the device's. */
   ours: boolean
@@ -208,7 +219,17 @@ export function createRedemptions(options: {
       return { step: 'waits', deviceId: device.id, status: device.status }
     }
 
-    // Step 4: The serial, before anything is signed.
+    // Step 4: What the token says of the device, where an operator has approved that now.
+    if (before && !before.completedAt) {
+      const labels = JSON.stringify(token.labels)
+      const granted = await client.query<Pick<DeviceRow, 'labels'>>({
+        ...grantToken,
+        values: [device.id, token.deviceType, labels, now],
+      })
+      demandFewLabels(granted.rows[0]?.labels ?? {})
+    }
+
+    // Step 5: The serial, before anything is signed.
     const reservation = issuance.prepare({ kind: 'device', id: device.id }, key, certValidityMs)
     call.audit.detail.serial = reservation.serial
     call.audit.detail.repeated = before?.completedAt !== undefined
@@ -278,9 +299,7 @@ export function createRedemptions(options: {
     const id = token.deviceId || description.id || randomId(type)
     // What the token says beats the device's own word.
     const merged = { ...description.labels, ...token.labels }
-    if (Object.keys(merged).length > labelsMax) {
-      throw invalidField('device.labels', `has to have at most ${labelsMax} entries, those of the token included`)
-    }
+    demandFewLabels(merged)
     const labels = JSON.stringify(merged)
     const status = token.requiresApproval ? 'pending' : 'active'
     const spiffeId = formatSpiffeId({ trustDomain, kind: 'device', id })
@@ -298,10 +317,16 @@ export function createRedemptions(options: {
     if (there.status === 'revoked') throw deviceRevoked(id)
     demandNewestKey(there)
     demandUnexpired(there, now)
-    // What it may do changes with its labels: with a token that takes approval that is for an operator to decide, too.
-    const after = there.status === 'active' ? status : there.status
-    await client.query({ ...updateDevice, values: [id, type, os, osVersion, labels, after, now] })
-    return { id, status: after, enrolledAtMs: there.enrolledAtMs }
+    if (!token.requiresApproval) {
+      await client.query({ ...updateDevice, values: [id, type, os, osVersion, labels, now] })
+      return there
+    }
+    // What it may do changes with its labels, so it gets those of the token when an operator has approved, and no sooner.
+    // The release from a quarantine would pass for that approval.
+    if (there.status === 'quarantined') throw deviceQuarantined(id)
+    demandFewLabels({ ...there.labels, ...token.labels })
+    await client.query({ ...keepOut, values: [id, now] })
+    return { ...there, status: 'pending' }
   }
 
   return {
@@ -365,6 +390,17 @@ async function redemptionIn(
 async function deviceIn(client: Queryable, id: string, key: CheckedCsr): Promise<DeviceRow | undefined> {
   const { rows } = await client.query<DeviceRow>({ ...lockDevice, values: [id, key.publicKeySha256] })
   return rows[0]
+}
+
+/** @throws Fault INVALID_ARGUMENT */
+function demandFewLabels(labels: Record<string, string>): void {
+  if (Object.keys(labels).length <= labelsMax) return
+  throw invalidField('device.labels', `has to have at most ${labelsMax} entries, those of the token included`)
+}
+
+function deviceQuarantined(deviceId: string): Fault {
+  const message = `device ${deviceId} is quarantined: have an operator release it before it redeems a token that asks for approval`
+  return new Fault('FAILED_PRECONDITION', 'DEVICE_QUARANTINED', message, { metadata: { device_id: deviceId } })
 }
 
 /**

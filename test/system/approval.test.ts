@@ -203,10 +203,42 @@ test('a device that enrolls again with a token that takes approval is kept out u
   t.false(answer?.allowed)
   t.true(
     answer?.reasons.some(({ field, actual }) => field === 'device.status' && actual === 'pending'),
-    'with the new labels it may do nothing yet',
+    'it may do nothing yet',
   )
+  t.deepEqual(await labelsOf('press-8'), {}, 'nor has it the labels')
   await approve(mesh(), 'press-8')
   t.is((await call.identity()).deviceId, 'press-8')
+  t.deepEqual(await labelsOf('press-8'), { tier: 'prod' })
+})
+
+async function labelsOf(id: string) {
+  return (await unary(mesh().admin, 'getDevice', { id })).device?.labels
+}
+
+test('a device whose token is revoked while it waits has none of its labels, approved or not', async t => {
+  const keyPem = newKey()
+  await mesh().enroll({ keyPem, device: { id: 'press-10', labels: { role: 'press' } } })
+  const token = await mesh().token({ requiresApproval: true, labels: { role: 'vault' } })
+  const device = { id: 'press-10', labels: { role: 'boss', more: '' } }
+  const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem, device })
+  await call.pending()
+  await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token) })
+  t.is(await call.outcome(), 'TOKEN_REVOKED')
+  await unary(mesh().admin, 'approveDevice', { id: 'press-10' })
+  t.deepEqual(await labelsOf('press-10'), { role: 'press' })
+})
+
+test('a quarantined device may not ask for approval with a token: its release would pass for that', async t => {
+  const keyPem = newKey()
+  await mesh().enroll({ keyPem, device: { id: 'press-11' } })
+  await unary(mesh().admin, 'quarantineDevice', { id: 'press-11', reason: 'virus' })
+  const token = await mesh().token({ requiresApproval: true, labels: { role: 'vault' } })
+  const asked = { token, keyPem, device: { id: 'press-11' } }
+  const seen = await (await startEnroll(t, enrollOf(mesh()), asked)).refused()
+  t.deepEqual([seen.code, seen.reason], ['FAILED_PRECONDITION', 'DEVICE_QUARANTINED'])
+  t.deepEqual(await tokenRow(mesh(), token), { uses: 0, completed: 0 })
+  await unary(mesh().admin, 'releaseDevice', { id: 'press-11' })
+  t.deepEqual(await labelsOf('press-11'), {})
 })
 
 test('an approval that comes after the certificate of before has expired lets the device in all the same', async t => {

@@ -988,7 +988,7 @@ export const EnrollServiceService = {
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
    * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
-   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
+   * comes back by RenewCertificate), DEVICE_QUARANTINED (and the token asks for approval). INVALID_ARGUMENT names the field.
    */
   enroll: {
     path: "/edgemesh.v1.EnrollService/Enroll" as const,
@@ -1049,7 +1049,7 @@ export interface EnrollServiceServer extends UntypedServiceImplementation {
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
    * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
-   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
+   * comes back by RenewCertificate), DEVICE_QUARANTINED (and the token asks for approval). INVALID_ARGUMENT names the field.
    */
   enroll: handleServerStreamingCall<EnrollRequest, EnrollResponse>;
   /**
@@ -1096,7 +1096,7 @@ export interface EnrollServiceClient extends Client {
    * TOKEN_FOR_OTHER_NETWORK, ENROLLMENT_REJECTED. RESOURCE_EXHAUSTED: TOKEN_USED_UP, RATE_LIMITED. ALREADY_EXISTS:
    * DEVICE_EXISTS (another key holds that id). FAILED_PRECONDITION: CSR_CHALLENGE_STALE, CSR_REPLAYED, DEVICE_DELETED,
    * DEVICE_REVOKED, DEVICE_KEY_SUPERSEDED (the device has a certificate for a newer key), DEVICE_CERTIFICATE_EXPIRED (it
-   * comes back by RenewCertificate). INVALID_ARGUMENT names the field.
+   * comes back by RenewCertificate), DEVICE_QUARANTINED (and the token asks for approval). INVALID_ARGUMENT names the field.
    */
   enroll(request: EnrollRequest, options?: Partial<CallOptions>): ClientReadableStream<EnrollResponse>;
   enroll(
