@@ -216,25 +216,25 @@ async function labelsOf(id: string) {
 }
 
 test('a device whose token is revoked while it waits has none of its labels, approved or not', async t => {
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ keyPem, device: { id: 'press-10', labels: { role: 'press' } } })
   const token = await mesh().token({ requiresApproval: true, labels: { role: 'vault' } })
   const device = { id: 'press-10', labels: { role: 'boss', more: '' } }
-  const call = await startEnroll(t, enrollOf(mesh()), { token, keyPem, device })
+  const call = await startEnroll(t, enrollClientOf(mesh()), { token, keyPem, device })
   await call.pending()
-  await unary(mesh().admin, 'revokeEnrollmentToken', { id: idOf(token) })
+  await unary(mesh().admin, 'revokeEnrollmentToken', { id: tokenIdOf(token) })
   t.is(await call.outcome(), 'TOKEN_REVOKED')
   await unary(mesh().admin, 'approveDevice', { id: 'press-10' })
   t.deepEqual(await labelsOf('press-10'), { role: 'press' })
 })
 
 test('a quarantined device may not ask for approval with a token: its release would pass for that', async t => {
-  const keyPem = newKey()
+  const keyPem = createKey()
   await mesh().enroll({ keyPem, device: { id: 'press-11' } })
   await unary(mesh().admin, 'quarantineDevice', { id: 'press-11', reason: 'virus' })
   const token = await mesh().token({ requiresApproval: true, labels: { role: 'vault' } })
   const asked = { token, keyPem, device: { id: 'press-11' } }
-  const seen = await (await startEnroll(t, enrollOf(mesh()), asked)).refused()
+  const seen = await (await startEnroll(t, enrollClientOf(mesh()), asked)).refused()
   t.deepEqual([seen.code, seen.reason], ['FAILED_PRECONDITION', 'DEVICE_QUARANTINED'])
   t.deepEqual(await tokenRow(mesh(), token), { uses: 0, completed: 0 })
   await unary(mesh().admin, 'releaseDevice', { id: 'press-11' })
