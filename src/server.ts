@@ -33,7 +33,13 @@ import { fleetEntities } from './fleet/entities.ts'
 import { createHeartbeats } from './fleet/heartbeat.ts'
 import { startReportWriter } from './fleet/report-writer.ts'
 import { createApprovals } from './identity/approvals.ts'
-import { type AuthorityOptions, type AuthoritySet, keepAuthorities, openAuthorities } from './identity/authorities.ts'
+import {
+  type AuthorityOptions,
+  type AuthoritySet,
+  issuerOf,
+  keepAuthorities,
+  openAuthorities,
+} from './identity/authorities.ts'
 import { createChallenges } from './identity/challenge.ts'
 import { createEnroll, type EnrollDeps } from './identity/enroll.ts'
 import { identityEntities } from './identity/entities.ts'
@@ -362,7 +368,7 @@ async function compose(
     identity: serverCertificate.current(),
     trustedProxies: settings.api.trustedProxies,
     onProxyHeader: metrics.proxyHeader,
-    isIssuedByUs: certificate => authorities.current().trusted.some(({ hasIssued }) => hasIssued(certificate)),
+    issuerOf: certificate => issuerOf(certificate, authorities.current()),
     onConnection: enforcement.connected,
     log,
   })

@@ -89,6 +89,12 @@ const identityEnds: ReadonlySet<string> = new Set([
   'CERTIFICATE_RETIRED',
 ])
 
+/**
+ * One of the two knows nothing of the other's authority: it was replaced while the device was away, or this is another
+ * server. A new token that is for this server tells which.
+ */
+const estranged: ReadonlySet<string> = new Set(['SERVER_UNTRUSTED', 'CERTIFICATE_UNTRUSTED'])
+
 type Settled = Required<AgentOptions>
 
 /** What the agent knows while it runs. Moments are by `timer.uptime()`; what is not due has none. */
@@ -325,7 +331,7 @@ async function afterFailure(
   }
   const ended = identityEnds.has(error.reason) || (recovering && isFinal(error))
   if (!aboutOlder && ended) return enrollAgain(agent, explained)
-  const isStranded = error.reason === 'SERVER_UNTRUSTED' && !agent.session
+  const isStranded = estranged.has(error.reason) && !aboutOlder && !agent.session
   if (isStranded && (await tokenIsForServer(agent))) return enrollAgain(agent, explained)
 
   // Step 2: Everything else passes.
@@ -375,7 +381,7 @@ function hasNewToken({ token, credentials }: Agent): boolean {
   return token !== '' && credentials.tokenId !== '' && parseToken(token).id !== credentials.tokenId
 }
 
-/** Whether a new token vouches for a server that is not trusted: its authority was replaced while the device was away. */
+/** Whether a new token vouches for the server: then its authority was replaced while the device was away. */
 async function tokenIsForServer(agent: Agent): Promise<boolean> {
   const { server, token } = agent
   try {

@@ -74,7 +74,9 @@ const hints: Readonly<Record<string, string>> = {
     'its certificate authority was replaced: a device enrolls again with a new token, an operator is made anew: ' +
     'edgemesh operator create --help',
   CERTIFICATE_UNTRUSTED:
-    'these credentials are of another certificate authority: see that --server and --credentials belong together',
+    'these credentials are of another certificate authority: see that --server and --credentials belong together; if ' +
+    'the authority was replaced meanwhile, a device enrolls again with a new token, an operator is made anew: edgemesh ' +
+    'operator create --help',
   CERTIFICATE_UNKNOWN:
     'the server has no record of this certificate, as after a restored backup: renew or enroll it again',
   CERTIFICATE_PURPOSE: 'use the certificate of a device or an operator, not that of a server',

@@ -12,7 +12,7 @@
  *
  * Every instance holds them in memory and hears of changes through the change feed, under `authority:`.
  */
-import { createHash } from 'node:crypto'
+import { createHash, type X509Certificate } from 'node:crypto'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { announce } from '../db/change-feed.ts'
@@ -185,6 +185,16 @@ export function authoritySet(all: Generation[]): AuthoritySet {
     all: [issuing, ...all.filter(one => one !== issuing)],
     bundleId: createHash('sha256').update(digests.join('\n')).digest('hex'),
   }
+}
+
+/** Whose signature a certificate carries; nothing is said of its dates. One that is only prepared is nobody yet. */
+export function issuerOf(
+  certificate: X509Certificate,
+  { trusted, all }: AuthoritySet,
+): 'trusted' | 'retired' | undefined {
+  if (trusted.some(({ hasIssued }) => hasIssued(certificate))) return 'trusted'
+  const retired = all.filter(({ stage }) => stage === 'retired')
+  return retired.some(({ hasIssued }) => hasIssued(certificate)) ? 'retired' : undefined
 }
 
 function rotationStage(

@@ -122,7 +122,7 @@ export function certificateExpired(): Fault {
   return new Fault('UNAUTHENTICATED', 'CERTIFICATE_EXPIRED', message)
 }
 
-function certificateRetired(): Fault {
+export function certificateRetired(): Fault {
   const message = 'the authority that issued the client certificate is trusted no more: enroll again'
   return new Fault('UNAUTHENTICATED', 'CERTIFICATE_RETIRED', message)
 }

@@ -9,7 +9,7 @@ import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
 import { describeCertificate } from '../identity/certificates.ts'
-import { certificateExpired } from '../identity/standing.ts'
+import { certificateExpired, certificateRetired } from '../identity/standing.ts'
 import { plainAddress } from '../network.ts'
 
 export type Peer = {
@@ -26,8 +26,8 @@ export type PeerRefusal = {
   expired?: Identified
 }
 
-/** Whether a certificate carries the signature of an authority that we trust, whatever its dates are. */
-export type IsIssuedByUs = (certificate: X509Certificate) => boolean
+/** Whose signature a certificate carries, whatever its dates are: an authority's that counts, or counts no more. */
+export type IssuerOf = (certificate: X509Certificate) => 'trusted' | 'retired' | undefined
 
 /**
  * Reads the peer of a socket whose handshake has just finished: it holds the key of the certificate that it shows.
@@ -37,10 +37,10 @@ export type IsIssuedByUs = (certificate: X509Certificate) => boolean
 export function readPeer(
   socket: TLSSocket,
   trustDomain: string,
-  isIssuedByUs: IsIssuedByUs,
+  issuerOf: IssuerOf,
   address = socket.remoteAddress ?? '',
 ): Peer {
-  return { address: plainAddress(address), identity: readIdentity(socket, trustDomain, isIssuedByUs) }
+  return { address: plainAddress(address), identity: readIdentity(socket, trustDomain, issuerOf) }
 }
 
 /** @throws Fault UNAUTHENTICATED with the reason why the peer has no identity, or has it no longer */
@@ -79,15 +79,20 @@ const untrusted: PeerRefusal = {
   message: 'the client certificate was not issued by this certificate authority',
 }
 
-function readIdentity(socket: TLSSocket, trustDomain: string, isIssuedByUs: IsIssuedByUs): Identified | PeerRefusal {
+const retired: PeerRefusal = { refused: 'CERTIFICATE_RETIRED', message: certificateRetired().message }
+
+function readIdentity(socket: TLSSocket, trustDomain: string, issuerOf: IssuerOf): Identified | PeerRefusal {
   const certificate = socket.getPeerX509Certificate()
   if (!certificate) {
     return { refused: 'CERTIFICATE_MISSING', message: 'this call needs a client certificate: enroll first' }
   }
   const wrong = socket.authorized ? undefined : verificationError(socket)
+  const issuer = wrong === undefined ? 'trusted' : issuerOf(certificate)
+  // Its root is unknown to OpenSSL by now. The holder has to hear that it once was ours: that is the end of its identity.
+  if (issuer === 'retired') return retired
   if (wrong !== undefined && wrong !== 'CERT_HAS_EXPIRED') return refusals[wrong] ?? untrusted
   // OpenSSL tells only the last of what it found. That a certificate has expired says nothing of who signed it.
-  if (wrong === 'CERT_HAS_EXPIRED' && !isIssuedByUs(certificate)) return untrusted
+  if (issuer !== 'trusted') return untrusted
 
   const described = describeCertificate(certificate.raw)
   const { spiffeId } = described

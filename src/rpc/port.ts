@@ -13,7 +13,7 @@ import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
 import { networkList, plainAddress } from '../network.ts'
 import type { Log } from '../telemetry/log.ts'
-import { type IsIssuedByUs, type Peer, readPeer } from './peer.ts'
+import { type IssuerOf, type Peer, readPeer } from './peer.ts'
 import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
 
 /** PEM. `ca` is what clients' certificates are verified against. */
@@ -43,7 +43,7 @@ export async function openPort(options: {
   /** Networks from which connections begin with a PROXY protocol header. */
   trustedProxies: readonly string[]
   onProxyHeader: (outcome: 'read' | ProxyHeaderFailure) => void
-  isIssuedByUs: IsIssuedByUs
+  issuerOf: IssuerOf
   /** A handshake is over, and the connection has been handed on. */
   onConnection: (peer: Peer, socket: Socket) => void
   log: Log
@@ -113,7 +113,7 @@ export async function openPort(options: {
     }
     let peer: Peer
     try {
-      peer = readPeer(socket, trustDomain, options.isIssuedByUs, clientAddresses.get(key))
+      peer = readPeer(socket, trustDomain, options.issuerOf, clientAddresses.get(key))
     } catch (error) {
       log.warn({ err: error, address: key }, 'a client certificate could not be read')
       socket.destroy()

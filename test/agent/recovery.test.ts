@@ -237,6 +237,28 @@ test('a new token is not shown to a server that it was not made by', async t => 
   )
 })
 
+test('a device whose certificate the server knows nothing of enrolls again with a new token of that server', async t => {
+  const server = await forgetful(t, 'CERTIFICATE_UNTRUSTED')
+  const token = tokenOf()
+  const agent = await startAgent(t, { server: server.address, token }, alpha, stopOnceReported)
+  await agent.done
+  t.deepEqual(
+    server.enrollments.map(({ token, deviceId }) => [token, deviceId]),
+    [[token, 'alpha']],
+  )
+})
+
+test('a device whose certificate the server knows nothing of waits for better times without one', async t => {
+  const strangers = mintToken({ rootKeySha256: (await smallAuthority()).rootKeySha256 }).text
+  for (const token of ['', tokenOf(alpha.tokenId), strangers]) {
+    const server = await forgetful(t, 'CERTIFICATE_UNTRUSTED')
+    const agent = await startAgent(t, { server: server.address, token }, alpha, stopOnceReported)
+    await agent.done
+    t.deepEqual(agent.told(), ['resumed', 'connecting', 'disconnected', 'connecting', 'reported', 'stopped'])
+    t.is(server.enrollments.length, 0)
+  }
+})
+
 test('a token that is damaged is told where it would be needed, and does not matter where it would not', async t => {
   const server = await forgetful(t, 'DEVICE_DELETED')
   const agent = await startAgent(t, { server: server.address, token: 'em1.damaged' }, alpha, stopOnceReported)

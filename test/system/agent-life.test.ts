@@ -7,14 +7,18 @@ import { setTimeout as wait } from 'node:timers/promises'
 import test, { type ExecutionContext } from 'ava'
 import { type AgentOptions, runAgent } from '../../src/agent/agent.ts'
 import { describeCallError } from '../../src/agent/channel.ts'
+import { createKey } from '../../src/agent/csr.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState, saveState } from '../../src/agent/state.ts'
+import { AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { specialLeaves } from '../support/authority.ts'
 import {
   type EdgeMesh,
   eventually,
+  freshCsr,
   healthy,
+  noTokenRequest,
   shared,
   startEdgeMesh,
   startSecondInstance,
@@ -151,4 +155,48 @@ test('an agent whose device is deleted ends, and comes back with another token o
   t.deepEqual([back.told('identity-lost'), back.told('enrolled')], [1, 1])
   t.is(await statusOf('fickle'), DeviceStatus.ACTIVE)
   await back.stop()
+})
+
+test('agents that were off while the authority was replaced are told so, and come back with another token', async t => {
+  const own = await startEdgeMesh(t, { HEARTBEAT_INTERVAL_SECONDS: '1' })
+  const folders = { retiring: await folder(t), stable: await folder(t) }
+  for (const [id, stateDirectory] of Object.entries(folders)) {
+    const before = start(t, own, id, { stateDirectory, token: await own.token() })
+    await eventually('its first report', () => before.told('reported') >= 1)
+    await before.stop()
+  }
+  let { admin } = own
+  const rotate = async (stage: Stage) => {
+    await unary(admin, 'rotateAuthority', { stage, force: true })
+    await eventually('stage', async () => (await unary(admin, 'getAuthority', {})).rotationStage === stage)
+  }
+  await rotate(Stage.PUBLISHED)
+  // This one hears of the new root, and is off when it would have to renew.
+  const hearing = start(t, own, 'stable', { stateDirectory: folders.stable })
+  await eventually('it has the new root', () => hearing.told('trust-bundle-changed') === 1)
+  await hearing.stop()
+  await rotate(Stage.ISSUING)
+  const keyPem = createKey()
+  const { enroll } = own.clients(own.operator)
+  const { identity } = await unary(enroll, 'renewCertificate', { csr: await freshCsr(enroll, keyPem) })
+  const rootsPem = identity!.trustBundle!.rootsPem.join('')
+  admin = own.clients({ rootsPem, certificatePem: identity!.certificateChainPem.join(''), keyPem }).admin
+  const tokenOfNewer = async () => (await unary(admin, 'createEnrollmentToken', noTokenRequest)).tokenText
+
+  /** @returns why it had lost its identity */
+  async function comesBack(id: keyof typeof folders): Promise<string | undefined> {
+    const agent = start(t, own, id, { stateDirectory: folders[id], token: await tokenOfNewer() })
+    await eventually('it is back', () => agent.told('reported') >= 1)
+    await agent.stop()
+    const lost = agent.events.find(({ event }) => event === 'identity-lost')
+    return lost?.event === 'identity-lost' ? lost.error.reason : undefined
+  }
+
+  // While there is a way back, the old authority is known as one that was ours; after that it is a stranger's.
+  await rotate(Stage.RETIRING)
+  const alone = start(t, own, 'retiring', { stateDirectory: folders.retiring })
+  t.is(describeCallError(await t.throwsAsync(alone.done)).reason, 'CERTIFICATE_RETIRED')
+  t.is(await comesBack('retiring'), 'CERTIFICATE_RETIRED')
+  await rotate(Stage.STABLE)
+  t.is(await comesBack('stable'), 'CERTIFICATE_UNTRUSTED')
 })
