@@ -88,6 +88,8 @@ export type StartStep = 'database' | 'authority' | 'listen'
 
 /** gRPC messages larger than this are refused: 128 questions are under 100 kB. */
 const messageBytesMax = 256 * 1_024
+/** A connection without an open call gives up its place after so long; clients of gRPC open the next by themselves. */
+const connectionIdleMs = 120_000
 const keepaliveMs = 30_000
 const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
@@ -261,6 +263,7 @@ async function compose(
   const server = new Server({
     'grpc.max_receive_message_length': messageBytesMax,
     'grpc.max_concurrent_streams': streamsPerConnectionMax,
+    'grpc.max_connection_idle_ms': connectionIdleMs,
     'grpc.keepalive_time_ms': keepaliveMs,
     'grpc.keepalive_timeout_ms': keepaliveTimeoutMs,
   })
@@ -369,6 +372,7 @@ async function compose(
     trustedProxies: settings.api.trustedProxies,
     onProxyHeader: metrics.proxyHeader,
     issuerOf: certificate => issuerOf(certificate, authorities.current()),
+    onRefused: metrics.refusedConnection,
     onConnection: enforcement.connected,
     log,
   })

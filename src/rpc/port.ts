@@ -11,7 +11,7 @@ import { constants } from 'node:crypto'
 import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
 import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
-import { networkList, plainAddress } from '../network.ts'
+import { networkList, networkOf, plainAddress } from '../network.ts'
 import type { Log } from '../telemetry/log.ts'
 import { type IssuerOf, type Peer, readPeer } from './peer.ts'
 import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
@@ -29,10 +29,20 @@ export type Port = {
   close(graceMs: number): Promise<void>
 }
 
+/** `not_http2`: nothing but HTTP/2 is spoken here. `address_full`: too many without an identity from this address. */
+export type RefusedConnection = 'not_http2' | 'address_full'
+
 /** A handshake that takes longer than this is not one. */
 const handshakeTimeoutMs = 10_000
 /** Bounds memory at about 100 kB each; beyond it a load balancer sends clients elsewhere. */
 const connectionsMax = 20_000
+/**
+ * Of those, connections without an identity from one address (see `networkOf`), or it alone could hold them all. They are
+ * for enrolling and asking after health, and a thousand devices that wait for approval may share an address.
+ */
+const anonymousPerAddressMax = 1_000
+/** Whoever was told that its connection ends has so long to hang up. */
+const hangUpMs = 5_000
 
 export async function openPort(options: {
   server: Server
@@ -44,6 +54,8 @@ export async function openPort(options: {
   trustedProxies: readonly string[]
   onProxyHeader: (outcome: 'read' | ProxyHeaderFailure) => void
   issuerOf: IssuerOf
+  /** A handshake is over, and the connection is not wanted. */
+  onRefused: (why: RefusedConnection) => void
   /** A handshake is over, and the connection has been handed on. */
   onConnection: (peer: Peer, socket: Socket) => void
   log: Log
@@ -62,6 +74,8 @@ export async function openPort(options: {
   })
   const listener = options.trustedProxies.length === 0 ? tls : createTcpServer(acceptBehindProxies)
   listener.maxConnections = connectionsMax
+  /** Open connections without an identity, by address. */
+  const anonymous = new Map<string, number>()
   /** All of them, also those whose header or handshake is not over: nobody else would end these. */
   const sockets = new Set<Socket>()
   listener.on('connection', (socket: Socket) => {
@@ -102,6 +116,26 @@ export async function openPort(options: {
     }
   }
 
+  function refuse(socket: Socket, why: RefusedConnection): void {
+    options.onRefused(why)
+    log.debug({ address: keyOf(socket), why }, 'a connection was refused')
+    socket.destroy()
+  }
+
+  /** @returns whether there is room for one more without an identity */
+  function takesAnonymous(socket: Socket, address: string): boolean {
+    const network = networkOf(address)
+    const open = anonymous.get(network) ?? 0
+    if (open >= anonymousPerAddressMax) return false
+    anonymous.set(network, open + 1)
+    socket.once('close', () => {
+      const left = (anonymous.get(network) ?? 1) - 1
+      if (left > 0) anonymous.set(network, left)
+      else anonymous.delete(network)
+    })
+    return true
+  }
+
   tls.on('secureConnection', socket => {
     const key = keyOf(socket)
     if (peers.has(key)) {
@@ -111,6 +145,8 @@ export async function openPort(options: {
       socket.destroy()
       return
     }
+    // Who names no protocol in the handshake could go on to say nothing for ever.
+    if (socket.alpnProtocol !== 'h2') return refuse(socket, 'not_http2')
     let peer: Peer
     try {
       peer = readPeer(socket, trustDomain, options.issuerOf, clientAddresses.get(key))
@@ -119,6 +155,15 @@ export async function openPort(options: {
       socket.destroy()
       return
     }
+    // One whose certificate has expired was ours, and comes back.
+    const { identity } = peer
+    const isAnonymous = 'refused' in identity && !identity.expired
+    if (isAnonymous && !takesAnonymous(socket, peer.address)) return refuse(socket, 'address_full')
+    // A session that ends closes our half alone, and whoever never closes the other would keep its place.
+    socket.once('finish', () => {
+      const hangUp = setTimeout(() => socket.destroy(), hangUpMs).unref()
+      socket.once('close', () => clearTimeout(hangUp))
+    })
     peers.set(key, peer)
     socket.on('close', () => peers.delete(key))
     socket.on('error', error => log.debug({ err: error, address: key }, 'connection failed'))

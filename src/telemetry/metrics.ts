@@ -34,6 +34,8 @@ export type Metrics = {
   call(method: string, code: string): void
   /** A trusted proxy has opened a connection: its header was `read`, or was `malformed` or `late`. */
   proxyHeader(outcome: string): void
+  /** A connection was ended when its handshake was over: `not_http2`, or `address_full`. */
+  refusedConnection(why: string): void
   /** A batch of audit rows has been committed. */
   auditCommit(rows: number, seconds: number): void
   /** Adds sources that are read at each scrape. Without a source there is no series. */
@@ -100,6 +102,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   ])
   const calls = tally(meter, 'edgemesh_calls_total', 'RPCs by method and status code', ['method', 'code'])
   const proxyHeaders = tally(meter, 'edgemesh_proxy_headers_total', 'PROXY protocol headers by outcome', ['outcome'])
+  const refusedConnections = tally(
+    meter,
+    'edgemesh_refused_connections_total',
+    'Connections ended when their handshake was over, by why',
+    ['why'],
+  )
   const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
   const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
     description: 'Time from request to decision',
@@ -114,6 +122,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   decisions(0, 'deny')
   heartbeats(0)
   auditRows(0)
+  for (const why of ['not_http2', 'address_full']) refusedConnections(0, why)
   for (const outcome of ['quarantined', 'approved', 'needs_approval']) recoveries(0, outcome)
 
   meter
@@ -133,6 +142,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     connection: (service, status) => connections(1, service, status),
     call: (method, code) => calls(1, method, code),
     proxyHeader: outcome => proxyHeaders(1, outcome),
+    refusedConnection: why => refusedConnections(1, why),
     auditCommit(rows, seconds) {
       auditRows(rows)
       commitSeconds.record(seconds)
