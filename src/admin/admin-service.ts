@@ -16,6 +16,7 @@ import { connectionHandlers } from './connections.ts'
 import { decisionHandlers } from './decisions.ts'
 import { deviceHandlers } from './devices.ts'
 import { grantHandlers } from './grants.ts'
+import { operatorHandlers } from './operators.ts'
 import { policyDataHandlers } from './policy-data.ts'
 import { serviceHandlers } from './services.ts'
 import { tokenHandlers } from './tokens.ts'
@@ -56,6 +57,7 @@ export function adminHandlers(deps: AdminDeps) {
     ...decisionHandlers(deps),
     ...auditEventHandlers(deps),
     ...authorityHandlers(deps),
+    ...operatorHandlers(deps),
     ...policyDataHandlers(deps),
   } satisfies Partial<AdminHandlers>
 }

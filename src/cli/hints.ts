@@ -85,6 +85,10 @@ const hints: Readonly<Record<string, string>> = {
   CERTIFICATE_UNUSABLE:
     'the server has answered with a certificate that is not right: see its log, and edgemesh ca show',
 
+  // Operators
+  OPERATOR_IS_CALLER: 'have another administrator do it, with --credentials of their own',
+  OPERATOR_NOT_FOUND: 'see the names of those who call with: edgemesh audit search',
+
   // Coming back with a certificate that has expired
   RECOVERY_NEEDS_APPROVAL:
     'have an operator let it in again: edgemesh device approve ID; the agent asks by itself until then',

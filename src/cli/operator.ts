@@ -4,7 +4,7 @@ import { Command, Option } from 'commander'
 import { renewCredentials } from '../agent/enroll.ts'
 import { comparingClocks } from '../agent/server-clock.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
-import { type ConnectionOptions, connecting, findServer } from './admin-client.ts'
+import { type ConnectionOptions, connecting, findServer, withAdmin } from './admin-client.ts'
 import { CommandFailure } from './failure.ts'
 import { certifyOffline, daysMax } from './offline-certificate.ts'
 import { saveCredentials } from './operator-credentials.ts'
@@ -18,12 +18,14 @@ export function operatorCommand(): Command {
     .description('operators: those who administrate')
     .addCommand(createCommand())
     .addCommand(renewCommand())
+    .addCommand(revokeCommand())
     .addHelpText(
       'after',
       `
 Examples:
   edgemesh operator create ada --role admin --out ./ada
   edgemesh operator renew --credentials ./ada
+  edgemesh operator revoke grace --reason 'has left the company'
 `,
     )
 }
@@ -90,6 +92,31 @@ async function renew(options: ConnectionOptions & { json?: true }): Promise<void
   await saveCredentials(folder, { keyPem, certificatePem: certificateChainPem, rootsPem })
   if (options.json) console.log(JSON.stringify({ name, folder, notAfter: notAfter.toISOString(), trustBundleId }))
   else console.log(`operator ${name} is renewed in ${folder}, valid until ${notAfter.toISOString()}`)
+}
+
+function revokeCommand(): Command {
+  return connecting(new Command('revoke'))
+    .description('take all certificates of an operator back, at once; for administrators')
+    .argument('<name>')
+    .requiredOption('--reason <text>', 'why, for people; kept in the audit log')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+All that the operator has open is cut within a second, at every instance. To let one of that name in again, make it
+anew with "edgemesh operator create", beside the database. Nobody revokes the operator as whom they call.
+
+Examples:
+  edgemesh operator revoke grace --reason 'has left the company'
+`,
+    )
+    .action((name: string, options: ConnectionOptions & { reason: string; json?: true }) =>
+      withAdmin(options, async admin => {
+        const { certificatesRevoked } = await admin.call('revokeOperator', { name, reason: options.reason })
+        if (options.json) console.log(JSON.stringify({ name, certificatesRevoked }))
+        else console.log(`operator ${name} is revoked (${certificatesRevoked} certificates)`)
+      }),
+    )
 }
 
 /** Whom the certificate names. */

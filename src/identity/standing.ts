@@ -28,6 +28,8 @@ export type Standing = {
 const holdersMax = 100_000
 /** Which certificates have expired is for the instance's clock to say; the database's may be ahead of it by so much. */
 const clockMarginSeconds = 3_600
+/** Advisory locks by operators' names. Any number will do, as long as every version of EdgeMesh uses the same. */
+const operatorLocks = 7_306_473
 
 type Holder = {
   /** `undefined` where there is no such device (any more). */
@@ -130,9 +132,11 @@ export function certificateRetired(): Fault {
 /**
  * The same for who is about to get another certificate, which must not come of one that was revoked a moment ago. Read in
  * the transaction of `em`, and a device is moved by nobody else until that has ended: a revocation or a deletion that is
- * under way either sees the new certificate or is seen here. Expired certificates count too.
+ * under way either sees the new certificate or is seen here. Expired certificates count too. An operator has no row to
+ * be locked, but its name.
  */
 export async function demandStandingNow(em: EntityManager, { kind, id, serial }: Identified): Promise<void> {
+  if (kind === 'operator') await lockOperators(em, [id])
   const [device] =
     kind === 'device'
       ? await em.execute<DeviceOnRecord[]>(
@@ -146,6 +150,14 @@ export async function demandStandingNow(em: EntityManager, { kind, id, serial }:
     [serial, kind, id],
   )
   demandUnrevoked({ kind, id }, device, certificate)
+}
+
+/** Nobody else renews or revokes these operators until the transaction of `em` has ended. */
+export async function lockOperators(em: EntityManager, names: readonly string[]): Promise<void> {
+  // In one order, whoever asks: two who lock each other's would wait for ever.
+  for (const name of [...names].sort()) {
+    await em.execute('select pg_advisory_xact_lock(?, hashtext(?))', [operatorLocks, name])
+  }
 }
 
 /** @throws Fault UNAUTHENTICATED with the reason why a certificate, as it is on record, is worth nothing */

@@ -894,6 +894,17 @@ export interface UpdatePolicyDataResponse {
   data: PolicyData | undefined;
 }
 
+export interface RevokeOperatorRequest {
+  name: string;
+  /** For people; 255 characters at most. */
+  reason: string;
+}
+
+export interface RevokeOperatorResponse {
+  /** How many certificates this call has revoked: none where the operator was out before. */
+  certificatesRevoked: number;
+}
+
 function createBaseEnrollmentToken(): EnrollmentToken {
   return {
     id: "",
@@ -9900,6 +9911,147 @@ export const UpdatePolicyDataResponse: MessageFns<UpdatePolicyDataResponse> = {
   },
 };
 
+function createBaseRevokeOperatorRequest(): RevokeOperatorRequest {
+  return { name: "", reason: "" };
+}
+
+export const RevokeOperatorRequest: MessageFns<RevokeOperatorRequest> = {
+  encode(message: RevokeOperatorRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.name !== "") {
+      writer.uint32(10).string(message.name);
+    }
+    if (message.reason !== "") {
+      writer.uint32(18).string(message.reason);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RevokeOperatorRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRevokeOperatorRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.name = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.reason = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: RevokeOperatorRequest): unknown {
+    const obj: any = {};
+    if (message.name !== "") {
+      obj.name = message.name;
+    }
+    if (message.reason !== "") {
+      obj.reason = message.reason;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<RevokeOperatorRequest>, I>>(base?: I): RevokeOperatorRequest {
+    return RevokeOperatorRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<RevokeOperatorRequest>, I>>(object: I): RevokeOperatorRequest {
+    const message = createBaseRevokeOperatorRequest();
+    message.name = object.name ?? "";
+    message.reason = object.reason ?? "";
+    return message;
+  },
+};
+
+function createBaseRevokeOperatorResponse(): RevokeOperatorResponse {
+  return { certificatesRevoked: 0 };
+}
+
+export const RevokeOperatorResponse: MessageFns<RevokeOperatorResponse> = {
+  encode(message: RevokeOperatorResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.certificatesRevoked !== 0) {
+      writer.uint32(8).int32(message.certificatesRevoked);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RevokeOperatorResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRevokeOperatorResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.certificatesRevoked = reader.int32();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: RevokeOperatorResponse): unknown {
+    const obj: any = {};
+    if (message.certificatesRevoked !== 0) {
+      obj.certificatesRevoked = Math.round(message.certificatesRevoked);
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<RevokeOperatorResponse>, I>>(base?: I): RevokeOperatorResponse {
+    return RevokeOperatorResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<RevokeOperatorResponse>, I>>(object: I): RevokeOperatorResponse {
+    const message = createBaseRevokeOperatorResponse();
+    message.certificatesRevoked = object.certificatesRevoked ?? 0;
+    return message;
+  },
+};
+
 /**
  * What operators do. The caller's certificate is an operator's; policies/admin.rego says what its role may do.
  *
@@ -10262,6 +10414,21 @@ export const AdminServiceService = {
       Buffer.from(ListRotationProgressResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListRotationProgressResponse => ListRotationProgressResponse.decode(value),
   },
+  /**
+   * Takes all certificates of an operator back, for good: refused, on the revocation list, calls cut. Whoever it is that
+   * calls stays: nobody revokes the operator as whom they call (OPERATOR_IS_CALLER).
+   */
+  revokeOperator: {
+    path: "/edgemesh.v1.AdminService/RevokeOperator" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: RevokeOperatorRequest): Buffer =>
+      Buffer.from(RevokeOperatorRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): RevokeOperatorRequest => RevokeOperatorRequest.decode(value),
+    responseSerialize: (value: RevokeOperatorResponse): Buffer =>
+      Buffer.from(RevokeOperatorResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): RevokeOperatorResponse => RevokeOperatorResponse.decode(value),
+  },
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState: {
     path: "/edgemesh.v1.AdminService/GetPolicyState" as const,
@@ -10342,6 +10509,11 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   rotateAuthority: handleUnaryCall<RotateAuthorityRequest, RotateAuthorityResponse>;
   /** How far each device and operator is with a rotation. */
   listRotationProgress: handleUnaryCall<ListRotationProgressRequest, ListRotationProgressResponse>;
+  /**
+   * Takes all certificates of an operator back, for good: refused, on the revocation list, calls cut. Whoever it is that
+   * calls stays: nobody revokes the operator as whom they call (OPERATOR_IS_CALLER).
+   */
+  revokeOperator: handleUnaryCall<RevokeOperatorRequest, RevokeOperatorResponse>;
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState: handleUnaryCall<GetPolicyStateRequest, GetPolicyStateResponse>;
   updatePolicyData: handleUnaryCall<UpdatePolicyDataRequest, UpdatePolicyDataResponse>;
@@ -10857,6 +11029,25 @@ export interface AdminServiceClient extends Client {
     metadata: Metadata,
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListRotationProgressResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Takes all certificates of an operator back, for good: refused, on the revocation list, calls cut. Whoever it is that
+   * calls stays: nobody revokes the operator as whom they call (OPERATOR_IS_CALLER).
+   */
+  revokeOperator(
+    request: RevokeOperatorRequest,
+    callback: (error: ServiceError | null, response: RevokeOperatorResponse) => void,
+  ): ClientUnaryCall;
+  revokeOperator(
+    request: RevokeOperatorRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: RevokeOperatorResponse) => void,
+  ): ClientUnaryCall;
+  revokeOperator(
+    request: RevokeOperatorRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: RevokeOperatorResponse) => void,
   ): ClientUnaryCall;
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState(
