@@ -53,6 +53,16 @@ export type CallAudit = {
   detail: Record<string, unknown>
   /** True once a transaction of the call has written the event itself. */
   written: boolean
+  /** Absent where no journal runs. */
+  own?: OwnEvents
+}
+
+/** The journal's part in events that transactions of the call write themselves: it vouches for them, then seals them. */
+export type OwnEvents = {
+  /** @returns what goes into the event's column `mac` */
+  vouch(row: readonly unknown[]): string
+  committed(): void
+  rolledBack(): void
 }
 
 /** The caller's name in audit events and logs: its SPIFFE ID, or `anonymous`. */

@@ -22,6 +22,7 @@ import { adminHandlers } from './admin/admin-service.ts'
 import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
 import { startJournal } from './audit/journal.ts'
+import { sealKeyFrom } from './audit/seals.ts'
 import { type Clock, systemClock } from './clock.ts'
 import { startChangeFeed } from './db/change-feed.ts'
 import { startEmbeddedPostgres } from './db/embedded.ts'
@@ -148,8 +149,15 @@ async function compose(
   onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
 
   // Audit
-  const journal = startJournal({ pool: db.pool, log, onCommit: metrics.auditCommit })
-  stops.push(journal.drained)
+  const journal = startJournal({
+    pool: db.pool,
+    log,
+    sealKey: sealKeyFrom(settings.identity.enrollmentTokenSecret),
+    instanceId,
+    clock,
+    onCommit: metrics.auditCommit,
+  })
+  stops.push(journal.stop)
 
   // Identity
   startedAt = performance.now()

@@ -14,7 +14,7 @@ export async function change<T>(
   work: (em: EntityManager) => Promise<Changed<T>>,
 ): Promise<T> {
   try {
-    return await db.em().transactional(async em => {
+    const done = await db.em().transactional(async em => {
       const { answer, keys } = await work(em)
       // Before the event, so that a change that the database refuses is never recorded as made.
       await em.flush()
@@ -22,9 +22,12 @@ export async function change<T>(
       await recordCall(em, call, { code: 'OK' })
       return answer
     })
+    call.audit.own?.committed()
+    return done
   } catch (error) {
     // The event went with the transaction; whoever answers the call writes that it failed.
     call.audit.written = false
+    call.audit.own?.rolledBack()
     throw error
   }
 }

@@ -15,6 +15,8 @@ export const AuditEvent = defineEntity({
     reason: p.text(),
     detail: p.json<Record<string, unknown>>(),
     instanceId: p.text(),
+    /** Of an event that was committed outside of the journal's batches: see `seals.ts`. */
+    mac: p.text().nullable(),
   },
 })
 export type AuditEvent = InferEntity<typeof AuditEvent>

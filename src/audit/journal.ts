@@ -5,14 +5,18 @@
  * row waits for one commit, in a crowd hundreds share one. Nothing is dropped: a full journal or an unreachable database
  * refuses, and who was refused must not allow anything. A revocation is the exception: it takes effect at once and is
  * written as soon as it can be (`appendLater`).
+ *
+ * Each batch of events and decisions is sealed by the statement that writes it: see `seals.ts`.
  */
 import { randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
-import { type Call, callerName } from '../caller.ts'
+import { type Call, callerName, type OwnEvents } from '../caller.ts'
+import type { Clock } from '../clock.ts'
 import { type EntityManager, isDatabaseOutage } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { AuditEvent } from './entities.ts'
+import { createChain, insertSeal, macOfRow, readHeads, type SealedRow, type SealKey, sealedRow } from './seals.ts'
 
 /** A table that the journal writes. Rows are column values, in the order of `columns`. */
 export type JournalTable = {
@@ -31,8 +35,12 @@ export type Journal = {
   append(entries: readonly JournalEntry[]): Promise<void>
   /** Written as soon as the database takes it, for what has already happened. */
   appendLater(entries: readonly JournalEntry[]): void
+  /** For a call whose transactions write their events themselves, in the columns of `auditEventsTable`. */
+  ownEvents(): OwnEvents
   /** Waits for what is queued. */
   drained(): Promise<void>
+  /** Writes what is queued, and closes the chain of seals. */
+  stop(): Promise<void>
 }
 
 /** Appends that share a commit; at about 1 kB a row a batch stays near 1 MB. */
@@ -45,6 +53,12 @@ const retryMs = 500
  * the rest, each with an error in the log: a process that dies of them would lose all.
  */
 const persistentAppendsMax = 100_000
+/** How often the chains of other writers are looked at: what is cut off their ends later than that shows. */
+const anchorMs = 60_000
+/** How far back it is looked then: a few anchors, in case one was missed. */
+const anchorBackMs = 10 * anchorMs
+/** How far back a new chain looks: nobody may have run for a while. */
+const openingBackMs = 7 * 86_400_000
 
 type Append = {
   entries: readonly JournalEntry[]
@@ -52,48 +66,68 @@ type Append = {
   reject: (error: unknown) => void
   /** Tried again for as long as the database is away. */
   persistent: boolean
+  /** Rows that are on disk already and come into the chain now. */
+  committed?: readonly SealedRow[]
+  /** To seal that this chain begins, where others stand, or that it ends. */
+  also?: 'open' | 'anchor' | 'close'
 }
 
 export function startJournal(options: {
   pool: pg.Pool
   log: Log
+  sealKey: SealKey
+  instanceId: string
+  clock: Clock
   onCommit?: (rows: number, seconds: number) => void
 }): Journal {
+  const { pool, sealKey, clock } = options
   const queue: Append[] = []
+  const chain = createChain({ ...options, key: sealKey })
   let flushing: Promise<void> | undefined
 
   function enqueue(append: Append): void {
     queue.push(append)
-    flushing ??= flush().finally(() => {
-      flushing = undefined
-    })
+    flushing ??= flush()
   }
 
   async function flush(): Promise<void> {
     // What arrives within this turn of the event loop joins the first batch.
     await new Promise(resolve => setImmediate(resolve))
-    while (queue.length > 0) {
-      const batch = queue.splice(0, batchAppendsMax)
-      const startedAt = performance.now()
-      try {
-        const rows = await commit(batch)
-        options.onCommit?.(rows, (performance.now() - startedAt) / 1_000)
-        for (const append of batch) append.resolve()
-      } catch (error) {
-        if (options.pool.ending) giveUp([...batch, ...queue.splice(0)], error)
-        else if (isDatabaseOutage(error)) await postpone(batch, error)
-        else await commitOneByOne(batch)
-      }
+    try {
+      while (queue.length > 0) await flushBatch()
+    } finally {
+      // In the same turn in which the queue was seen empty: what is appended from now on is flushed anew.
+      flushing = undefined
+    }
+  }
+
+  async function flushBatch(): Promise<void> {
+    const batch = queue.splice(0, batchAppendsMax)
+    const startedAt = performance.now()
+    try {
+      const rows = await commit(batch)
+      options.onCommit?.(rows, (performance.now() - startedAt) / 1_000)
+      for (const append of batch) append.resolve()
+    } catch (error) {
+      // It may have been committed: that is all that may be known of this chain for good.
+      if (isDatabaseOutage(error)) chain.abandon()
+      if (pool.ending) giveUp([...batch, ...queue.splice(0)], error)
+      else if (isDatabaseOutage(error)) await postpone(batch, error)
+      else await commitOneByOne(batch)
     }
   }
 
   async function commit(batch: readonly Append[]): Promise<number> {
     const rowsOf = new Map<JournalTable, (readonly unknown[])[]>()
+    const sealed: SealedRow[] = []
     for (const append of batch) {
+      if (append.committed) sealed.push(...append.committed)
       for (const { table, row } of append.entries) {
         const rows = rowsOf.get(table)
         if (rows) rows.push(row)
         else rowsOf.set(table, [row])
+        const inSeal = sealedRow(table, row)
+        if (inSeal) sealed.push(inSeal)
       }
     }
     let count = 0
@@ -107,12 +141,22 @@ export function startJournal(options: {
         parameters.push(rows.map(row => row[column]))
       })
     }
+    const [opening, closing] = (['open', 'close'] as const).map(what => batch.some(({ also }) => also === what))
+    const draft = chain.next(sealed, await otherChains(batch), { opening, closing })
+    if (draft) inserts.push(insertSeal(draft, parameters))
     if (inserts.length === 0) return 0
     // One statement is one transaction and one round trip.
     const last = inserts.pop()
     const before = inserts.map((insert, index) => `w${index} as (${insert})`)
-    await options.pool.query(`${before.length ? `with ${before.join(', ')} ` : ''}${last}`, parameters)
+    await pool.query(`${before.length ? `with ${before.join(', ')} ` : ''}${last}`, parameters)
+    if (draft) chain.advance(draft)
     return count
+  }
+
+  /** Looked at when a chain begins, then every now and then. */
+  async function otherChains(batch: readonly Append[]) {
+    if (chain.isNew()) return readHeads(pool, clock() - openingBackMs)
+    return batch.some(({ also }) => also === 'anchor') ? readHeads(pool, clock() - anchorBackMs) : []
   }
 
   /** One bad row must not take its neighbours down. */
@@ -123,6 +167,7 @@ export function startJournal(options: {
         append.resolve()
       } catch (error) {
         if (isDatabaseOutage(error)) {
+          chain.abandon()
           await postpone([append], error)
           continue
         }
@@ -155,6 +200,17 @@ export function startJournal(options: {
     await new Promise(resolve => setTimeout(resolve, retryMs))
   }
 
+  async function drained(): Promise<void> {
+    await flushing
+  }
+
+  const anchoring = setInterval(() => {
+    if (queue.length < persistentAppendsMax) enqueue({ ...itself, also: 'anchor' })
+  }, anchorMs)
+  anchoring.unref()
+  // Before the first row: what has no seal after that is not from here.
+  enqueue({ ...itself, also: 'open' })
+
   return {
     append(entries) {
       if (queue.length >= queuedAppendsMax) {
@@ -172,11 +228,36 @@ export function startJournal(options: {
       }
       enqueue({ entries, resolve: () => {}, reject: () => {}, persistent: true })
     },
-    async drained() {
-      await flushing
+    ownEvents() {
+      let uncommitted: SealedRow[] = []
+      return {
+        vouch(row) {
+          const event = sealedRow(auditEventsTable, row) as SealedRow
+          uncommitted.push(event)
+          return macOfRow(sealKey, event)
+        },
+        committed() {
+          // Where there is no room the events keep their own MACs.
+          if (uncommitted.length > 0 && queue.length < persistentAppendsMax)
+            enqueue({ ...itself, committed: uncommitted })
+          uncommitted = []
+        },
+        rolledBack() {
+          uncommitted = []
+        },
+      }
+    },
+    drained,
+    async stop() {
+      clearInterval(anchoring)
+      enqueue({ ...itself, also: 'close' })
+      await drained()
     },
   }
 }
+
+/** What the journal writes of its own accord: nobody waits for it. */
+const itself: Append = { entries: [], resolve: () => {}, reject: () => {}, persistent: true }
 
 function insertStatement(table: JournalTable, parametersBefore: number): string {
   const names = table.columns.map(column => column.name).join(', ')
@@ -229,10 +310,11 @@ export function callEntry(call: Call, outcome: CallOutcome): JournalEntry {
 
 /** Writes the audit event of a call in the transaction that does what it asks for: both happen, or neither. */
 export async function recordCall(em: EntityManager, call: Call, outcome: CallOutcome): Promise<void> {
+  const { row } = callEntry(call, outcome)
   em.persist(
     em.create(AuditEvent, {
       at: new Date(call.startedAt),
-      id: randomUUIDv7(),
+      id: row[1] as string,
       actor: callerName(call.caller),
       method: call.method,
       target: call.audit.target,
@@ -241,6 +323,7 @@ export async function recordCall(em: EntityManager, call: Call, outcome: CallOut
       reason: outcome.reason ?? '',
       detail: call.audit.detail,
       instanceId: call.instanceId,
+      mac: call.audit.own?.vouch(row) ?? null,
     }),
   )
   await em.flush()

@@ -11,6 +11,7 @@ import pg from 'pg'
 import { Fault } from '../fault.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
+import { AuditSeals } from './migrations/0003-audit-seals.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -71,6 +72,7 @@ export async function openDatabase(options: {
       migrationsList: [
         { name: '0001-first', class: FirstSchema },
         { name: '0002-identity-life', class: IdentityLife },
+        { name: '0003-audit-seals', class: AuditSeals },
       ],
     },
     logger: () => {},

@@ -1,7 +1,7 @@
 /** Daily partitions: made ahead of time, dropped when the retention is over. */
 import type pg from 'pg'
 
-const partitionedTables = ['health_reports', 'decisions', 'audit_events'] as const
+const partitionedTables = ['health_reports', 'decisions', 'audit_events', 'audit_seals'] as const
 
 /** Days made ahead: a server that is down for longer than this writes into the default partition, which is harmless. */
 const daysAhead = 7

@@ -166,8 +166,8 @@ const writeRedemption = {
       where $8::text is not null
     ), event as (
       insert into audit_events
-        (at, id, actor, method, target, source_address, code, reason, detail, instance_id)
-      values ($15, $16, $17, $18, $19, $20, $21, $22, $23, $24)
+        (at, id, actor, method, target, source_address, code, reason, detail, instance_id, mac)
+      values ($15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25)
     )
     select pg_notify('${changeChannel}', $14)`,
 }
@@ -259,6 +259,7 @@ export function createRedemptions(options: {
           reservation?.reservedAt ?? null,
           `device:${device.id}`,
           ...row,
+          call.audit.own?.vouch(row) ?? null,
         ],
       })
       call.audit.written = true
@@ -345,10 +346,13 @@ export function createRedemptions(options: {
       return inTurn(asked.tokenId, async () => {
         const before = { ...audit }
         try {
-          return await inTransaction(pool, client => redeemLocked(client, asked))
+          const redeemed = await inTransaction(pool, client => redeemLocked(client, asked))
+          audit.own?.committed()
+          return redeemed
         } catch (error) {
           // The event went with the transaction; whoever answers the call writes how it ended.
           Object.assign(audit, before)
+          audit.own?.rolledBack()
           throw csrReplayed(error)
         }
       })

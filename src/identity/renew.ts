@@ -48,7 +48,7 @@ export function createRenew(deps: RenewDeps) {
 }
 
 function renewDevice(deps: RenewDeps, device: Identified, key: CheckedCsr, call: Call): Promise<Reservation> {
-  return reserving(deps, async em => {
+  return reserving(deps, call, async em => {
     await demandStandingNow(em, device)
     await demandFewCertificates(em, device, deps.clock())
     return recorded(em, call, deps.issuance.reserve(em, { kind: 'device', id: device.id }, key, deps.certValidityMs))
@@ -59,7 +59,7 @@ function renewDevice(deps: RenewDeps, device: Identified, key: CheckedCsr, call:
 function renewOperator(deps: RenewDeps, operator: Identified, key: CheckedCsr, call: Call): Promise<Reservation> {
   const { id, role } = operator
   const validityMs = Math.min(validityMsOf(operator), operatorValidityMsMax)
-  return reserving(deps, async em => {
+  return reserving(deps, call, async em => {
     await demandStandingNow(em, operator)
     await demandFewCertificates(em, operator, deps.clock())
     const subject = { kind: 'operator' as const, id, role: role || undefined }
@@ -75,7 +75,7 @@ async function recoverDevice(deps: RenewDeps, device: Identified, key: CheckedCs
     deps.log[level]({ deviceId: id, ...expired, outcome }, 'a device came back with an expired certificate')
   }
   call.audit.detail = expired
-  const { back, reservation } = await reserving(deps, async em => {
+  const { back, reservation } = await reserving(deps, call, async em => {
     const back = await comeBack(em, deps.recovery, device, key, new Date(deps.clock()))
     const { outcome, before, after } = back
     call.audit.detail = { ...expired, recovery: outcome, before, after }
@@ -114,13 +114,15 @@ async function demandFewCertificates(em: EntityManager, { kind, id }: Identified
 }
 
 /** One transaction, in which a serial is reserved. */
-function reserving<T>(deps: RenewDeps, work: (em: EntityManager) => Promise<T>): Promise<T> {
-  return deps.db
-    .em()
-    .transactional(work)
-    .catch(error => {
-      throw csrReplayed(error)
-    })
+async function reserving<T>(deps: RenewDeps, call: Call, work: (em: EntityManager) => Promise<T>): Promise<T> {
+  try {
+    const done = await deps.db.em().transactional(work)
+    call.audit.own?.committed()
+    return done
+  } catch (error) {
+    call.audit.own?.rolledBack()
+    throw csrReplayed(error)
+  }
 }
 
 async function recorded(em: EntityManager, call: Call, reservation: Reservation): Promise<Reservation> {

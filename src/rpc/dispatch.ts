@@ -132,7 +132,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       instanceId,
       clockOffsetMs: clockOffsetMs(sentAtOf(grpcCall), startedAt),
       signal: abort.signal,
-      audit: { target: '', detail: {}, written: false },
+      audit: { target: '', detail: {}, written: false, own: journal.ownEvents() },
     }
     const span = tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
     const opened: OpenCall = { call, span, cut: fault => abort.abort(fault), finish: () => {} }

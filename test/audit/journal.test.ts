@@ -2,10 +2,14 @@ import { randomUUIDv7 } from 'node:crypto'
 import test from 'ava'
 import pg from 'pg'
 import { auditEventsTable, type JournalEntry, startJournal } from '../../src/audit/journal.ts'
+import { sealKeyFrom } from '../../src/audit/seals.ts'
+import { systemClock } from '../../src/clock.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 const log = createLog({ level: 'silent' })
+const sealKey = sealKeyFrom('a secret of tests that is long enough')
+const writer = { log, sealKey, instanceId: 'instance', clock: systemClock }
 
 function event(target: string): JournalEntry {
   const row = [new Date(), randomUUIDv7(), 'tester', '/test', target, '127.0.0.1', 'OK', '', '{}', 'instance']
@@ -15,7 +19,7 @@ function event(target: string): JournalEntry {
 test('a crowd of appends shares few commits, and each is on record when it is told so', async t => {
   const { pool } = await testDatabase(t)
   const commits: number[] = []
-  const journal = startJournal({ pool, log, onCommit: rows => commits.push(rows) })
+  const journal = startJournal({ ...writer, pool, onCommit: rows => commits.push(rows) })
   await Promise.all(
     Array.from({ length: 500 }, async (_, at) => {
       await journal.append([event(`target/${at}`)])
@@ -31,9 +35,17 @@ test('a crowd of appends shares few commits, and each is on record when it is to
   t.true(commits.length < 50, `${commits.length} commits`)
 })
 
+test('appends of one writer, each made the moment that the one before is on record, need nobody else to move on', async t => {
+  const { pool } = await testDatabase(t)
+  const journal = startJournal({ ...writer, pool })
+  for (let at = 0; at < 20; at++) await journal.append([event(`target/${at}`)])
+  const { rows } = await pool.query('select 1 from audit_events')
+  t.is(rows.length, 20)
+})
+
 test('one row that the database refuses takes none of its neighbours down', async t => {
   const { pool } = await testDatabase(t)
-  const journal = startJournal({ pool, log })
+  const journal = startJournal({ ...writer, pool })
   const outcomes = await Promise.allSettled([
     journal.append([event('good/1')]),
     journal.append([event('bad/\0')]),
@@ -49,7 +61,7 @@ test('one row that the database refuses takes none of its neighbours down', asyn
 
 test('the entries of one append are all on record, or none of them', async t => {
   const { pool } = await testDatabase(t)
-  const journal = startJournal({ pool, log })
+  const journal = startJournal({ ...writer, pool })
   await t.throwsAsync(journal.append([event('half'), event('bad/\0')]))
   const { rows } = await pool.query('select target from audit_events')
   t.deepEqual(rows, [])
@@ -57,7 +69,7 @@ test('the entries of one append are all on record, or none of them', async t => 
 
 test('while the database refuses, who waits is told so, and what has happened already is written later', async t => {
   const { pool, url } = await testDatabase(t)
-  const journal = startJournal({ pool, log })
+  const journal = startJournal({ ...writer, pool })
   const { pathname } = new URL(url)
   const database = pathname.slice(1)
   const admin = new pg.Client({ connectionString: url.replace(pathname, '/postgres') })

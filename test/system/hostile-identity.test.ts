@@ -127,11 +127,11 @@ test('a device that may still come back with an expired certificate of the old a
 test('the version before finds the authority of today, or the way back is refused', async t => {
   const { url, pool, ...db } = await testDatabase(t)
   const own = await startEdgeMesh(t, { DATABASE_URL: url })
-  await rotating(own, [Stage.PUBLISHED])
-  await t.throwsAsync(db.migrateDown(), { message: /the certificate authority is being replaced/ })
-  await rotating(own, [Stage.ISSUING])
+  await rotating(own, [Stage.PUBLISHED, Stage.ISSUING])
   await unary(own.admin, 'rotateAuthority', { stage: Stage.RETIRING, force: true })
   await own.server.stop()
+  t.deepEqual(await db.migrateDown(), ['0003-audit-seals'])
+  await t.throwsAsync(db.migrateDown(), { message: /the certificate authority is being replaced/ })
   // As the last step of a rotation does it; the operator of this test has been left behind.
   await pool.query("delete from authorities where stage = 'retired'")
   const { rows: before } = await pool.query('select root_pem from authorities')
