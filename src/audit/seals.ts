@@ -112,7 +112,10 @@ export function decodeRows(bytes: Buffer): SealedRow[] {
 
 /**
  * The digest of a row is that of one text, whichever way it is come by: JSON with the columns as keys, `at` in
- * microseconds, what is null left out, so that columns may be added, and keys in one order, since jsonb keeps none.
+ * microseconds, what is null left out, and keys in one order, since jsonb keeps none.
+ *
+ * A column that is added to a sealed table has to be null in the rows that are there, or they read as changed; and of type
+ * text, uuid, int, boolean or jsonb, which have one spelling as JSON here and in PostgreSQL.
  */
 export function digestOf(table: string, text: string): Buffer {
   return hash('sha256', `${table}\n${text}`, 'buffer')

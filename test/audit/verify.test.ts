@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
 import type pg from 'pg'
+import { createKey } from '../../src/agent/csr.ts'
 import { auditEventsTable, type JournalEntry, startJournal } from '../../src/audit/journal.ts'
 import { sealKeyFrom } from '../../src/audit/seals.ts'
 import { type Verification, verifyAudit } from '../../src/audit/verify.ts'
@@ -18,7 +19,6 @@ import {
   type EdgeMesh,
   eventually,
   healthy,
-  newKey,
   noTokenRequest,
   refused,
   secrets,
@@ -203,7 +203,7 @@ test('kill -9 leaves a log that verifies, and the end of its chain can not be cu
   const { url, pool } = await testDatabase(t)
   const settings = readSettings({ ...testEnvironment, DATABASE_URL: url })
   const offline = await openOffline(settings, log)
-  const keyPem = newKey()
+  const keyPem = createKey()
   const { signingRequestFor } = await import('../../src/agent/csr.ts')
   const csr = signingRequestFor(keyPem)
   const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
