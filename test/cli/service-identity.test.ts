@@ -62,8 +62,8 @@ test('a certificate that was issued for a service before stays good beside the n
 })
 
 for (const [name, why] of [
-  ['edgemesh', /name: edgemesh is the name of the server itself/],
-  ['Edge Proxy', /name: has to be 1 to 64 lower-case letters/],
+  ['edgemesh', /name edgemesh is the name of the server itself/],
+  ['Edge Proxy', /name has to be of 1 to 64 characters of a-z/],
 ] as const) {
   test(`no identity is made for a service called ${name}, and nothing is left in the folder`, async t => {
     const folder = await emptyFolder(t)
