@@ -7,8 +7,8 @@
  */
 import { createPrivateKey, generateKeyPair, hash, type KeyObject, X509Certificate } from 'node:crypto'
 import { promisify } from 'node:util'
+import { describeCa } from './certificate-description.ts'
 import {
-  describeCa,
   type IssuedCertificate,
   type Issuer,
   issueLeaf,

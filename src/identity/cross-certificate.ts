@@ -7,7 +7,8 @@
  * only the other goes one certificate further.
  */
 import type { KeyObject } from 'node:crypto'
-import { type CaDescription, describeCa, extension, newSerial, openIssuer, signed } from './certificates.ts'
+import { type CaDescription, describeCa } from './certificate-description.ts'
+import { extension, newSerial, openIssuer, signed } from './certificates.ts'
 import { bitString, boolean, contextConstructed, integer, octetString, sequence, time } from './der.ts'
 
 const basicConstraints = '2.5.29.19'

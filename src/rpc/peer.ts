@@ -8,7 +8,7 @@ import type { X509Certificate } from 'node:crypto'
 import type { TLSSocket } from 'node:tls'
 import type { Caller, Identified } from '../caller.ts'
 import { Fault } from '../fault.ts'
-import { describeCertificate } from '../identity/certificates.ts'
+import { describeCertificate } from '../identity/certificate-description.ts'
 import { certificateExpired, certificateRetired } from '../identity/standing.ts'
 import { plainAddress } from '../network.ts'
 

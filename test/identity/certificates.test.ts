@@ -12,8 +12,8 @@ import test from 'ava'
 import fc from 'fast-check'
 import * as pkijs from 'pkijs'
 import { type Authority, createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
+import { describeCertificate } from '../../src/identity/certificate-description.ts'
 import {
-  describeCertificate,
   extension,
   type IssuedCertificate,
   type LeafTemplate,
