@@ -1,16 +1,17 @@
 /** A real Envoy, as deploy/envoy/envoy.yaml has it, between devices and a service that tells what it has been sent. */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { accessSync, constants } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer, type IncomingHttpHeaders } from 'node:http'
 import { Agent, request } from 'node:https'
-import { type AddressInfo, createServer as createTcpServer } from 'node:net'
+import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { delimiter, join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import { rootsOf, serverCertificate, smallAuthority } from '../agent/small-server.ts'
 import { type Credentials, eventually } from './edgemesh.ts'
+import { isExecutable } from './executable.ts'
+import { freePort } from './free-port.ts'
 
 const configuration = join(import.meta.dirname, '../../deploy/envoy/envoy.yaml')
 
@@ -104,22 +105,4 @@ export async function startEnvoy(
     return failure !== 'ECONNREFUSED'
   })
   return { get, reached }
-}
-
-async function freePort(): Promise<number> {
-  const server = createTcpServer().listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  const { port } = server.address() as AddressInfo
-  server.close()
-  await once(server, 'close')
-  return port
-}
-
-function isExecutable(file: string): boolean {
-  try {
-    accessSync(file, constants.X_OK)
-    return true
-  } catch {
-    return false
-  }
 }

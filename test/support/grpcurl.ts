@@ -1,7 +1,7 @@
 /** The real grpcurl, wherever it is on this machine. */
 import { execFile, execFileSync } from 'node:child_process'
-import { accessSync, constants } from 'node:fs'
 import { delimiter, join } from 'node:path'
+import { isExecutable } from './executable.ts'
 
 /** Its path: GRPCURL, the search path, .tools/bin, Go's own bin. `undefined` if there is none. */
 export function findGrpcurl(): string | undefined {
@@ -28,14 +28,5 @@ function goBin(): string | undefined {
     return join(folder.trim(), 'bin')
   } catch {
     return undefined
-  }
-}
-
-function isExecutable(file: string): boolean {
-  try {
-    accessSync(file, constants.X_OK)
-    return true
-  } catch {
-    return false
   }
 }

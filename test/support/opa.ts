@@ -1,11 +1,11 @@
 /** A real OPA server for a test, running the policies of this project on a port of its own. */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { ExecutionContext } from 'ava'
 import { findOpa } from '../../policies/build.ts'
+import { freePort } from './free-port.ts'
 
 export { findOpa }
 
@@ -27,7 +27,7 @@ type OpaOptions = {
 
 /** Ends with the test. Ask `findOpa()` first: without the binary this throws. */
 export async function startOpa(t: ExecutionContext, options: OpaOptions = {}): Promise<OpaServer> {
-  const port = await findFreePort()
+  const port = await freePort()
   const url = `http://127.0.0.1:${port}`
   let server = await run(port, url, options)
   t.teardown(() => end(server))
@@ -77,14 +77,4 @@ async function end(server: ChildProcess): Promise<void> {
   const exited = once(server, 'exit')
   server.kill('SIGKILL')
   await exited
-}
-
-async function findFreePort(): Promise<number> {
-  const probe = createServer().listen(0, '127.0.0.1')
-  await once(probe, 'listening')
-  const address = probe.address()
-  probe.close()
-  await once(probe, 'close')
-  if (address === null || typeof address === 'string') throw new Error('no port was given')
-  return address.port
 }

@@ -19,6 +19,7 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
+import { freePort } from '../support/free-port.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 const mesh = sharedEdgeMesh(test)
@@ -44,15 +45,6 @@ async function arrivingFrom(t: ExecutionContext, localPort: number, host: string
     for (const socket of sockets) socket.destroy()
   })
   return `127.0.0.1:${(server.address() as AddressInfo).port}`
-}
-
-async function freePort(): Promise<number> {
-  const probe = createServer().listen(0, '127.0.0.1')
-  await once(probe, 'listening')
-  const { port } = probe.address() as AddressInfo
-  probe.close()
-  await once(probe, 'close')
-  return port
 }
 
 test('who calls another address of ours from the address and port of an operator does not become the operator', async t => {
