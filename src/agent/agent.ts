@@ -22,8 +22,8 @@
  * An identity that is lost (deleted, its certificate or its authority retired, too long away) is not taken up again by
  * the token that it came from: that would undo in a second what an operator has done, and again with each restart. A
  * token with another id is a person's word that the device may come in once more, so with that it enrolls again, with
- * the same key and under the same id. Its id is kept then, and it will not be used for a third time. A device that was
- * revoked is out for good whatever token it has.
+ * the same key and under the same id. Its id is kept then, and it will not be used for a third time. The server takes
+ * nobody in whose certificate has expired before an operator has deleted the device, nor one that was revoked at all.
  */
 import { type Clock, clockOffsetMsTolerated, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'

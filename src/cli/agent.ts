@@ -46,7 +46,8 @@ export function agentCommand(): Command {
       'after',
       `
 The token is needed the first time only. No option takes its text: arguments show in the list of processes. Given
-again it changes nothing, but another token lets a device back in that was deleted or has been away for too long.
+again it changes nothing, but another token lets a device back in that an operator has deleted, as has to be done for
+one that was away for too long.
 
 The posture is measured on this machine. A file given with --posture may hold any of cpuPercent, memoryPercent,
 diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled.
