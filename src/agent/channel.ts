@@ -213,7 +213,7 @@ export function describeCallError(error: unknown, clock: Clock = systemClock): D
 }
 
 /** What every answer and every error carries in its trailing metadata: the server's clock, ISO 8601. */
-export function serverTimeIn(metadata: Metadata): Date | undefined {
+function serverTimeIn(metadata: Metadata): Date | undefined {
   const time = new Date(String(metadata.get('edgemesh-server-time')[0]))
   return Number.isNaN(time.getTime()) ? undefined : time
 }

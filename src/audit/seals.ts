@@ -89,7 +89,7 @@ export function macOfRow(key: SealKey, row: SealedRow): string {
     .digest('hex')
 }
 
-export function encodeRows(rows: readonly SealedRow[]): Buffer {
+function encodeRows(rows: readonly SealedRow[]): Buffer {
   const bytes = Buffer.allocUnsafe(rows.length * sealedRowBytes)
   rows.forEach(({ table, atUs, id, digest }, at) => {
     const offset = at * sealedRowBytes
@@ -117,7 +117,7 @@ export function decodeRows(bytes: Buffer): SealedRow[] {
  * A column that is added to a sealed table has to be null in the rows that are there, or they read as changed; and of type
  * text, uuid, int, boolean or jsonb, which have one spelling as JSON here and in PostgreSQL.
  */
-export function digestOf(table: string, text: string): Buffer {
+function digestOf(table: string, text: string): Buffer {
   return hash('sha256', `${table}\n${text}`, 'buffer')
 }
 
