@@ -60,6 +60,12 @@ const exhaustedKeysMax = 10_000
 /** Rows of windows that are over; as many at most as callers with an address of their own come within it. */
 const sweepMs = 60_000
 
+/**
+ * A window is over so much sooner than those are told who have to wait for that. Both ends are rounded to the
+ * millisecond, a timer may fire one early, and clocks are slewed: who comes a moment too soon would be refused again.
+ */
+const earlyMs = 5
+
 const databaseMs = '(extract(epoch from clock_timestamp()) * 1000)::bigint'
 /**
  * Counts calls under their key, in the window that the first of them has opened.
@@ -70,8 +76,8 @@ const databaseMs = '(extract(epoch from clock_timestamp()) * 1000)::bigint'
 const countCalls = `
   insert into rate_limits as kept (key, points, expire) values ($1, $2, ${databaseMs} + $3)
   on conflict (key) do update set (points, expire) = (
-    select case when kept.expire > clock.ms then kept.points + $2 else $2 end,
-           case when kept.expire > clock.ms then kept.expire else clock.ms + $3 end
+    select case when kept.expire > clock.ms + ${earlyMs} then kept.points + $2 else $2 end,
+           case when kept.expire > clock.ms + ${earlyMs} then kept.expire else clock.ms + $3 end
     from (select ${databaseMs} as ms) as clock)
   returning points, greatest(expire - ${databaseMs}, 1)::int as ms_left`
 
@@ -107,7 +113,7 @@ export function sharedRateLimit(pool: pg.Pool, name: string, subject: string, li
       ])
       const { points, ms_left: msLeft } = rows[0] as (typeof rows)[0]
       if (points >= limit.count) {
-        exhausted.set(key, { earliest: askedAt + msLeft, latest: performance.now() + msLeft })
+        exhausted.set(key, { earliest: askedAt + msLeft - earlyMs, latest: performance.now() + msLeft })
       }
       const admitted = limit.count - (points - callers.length)
       callers.forEach(({ admit, refuse }, place) => {
