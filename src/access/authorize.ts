@@ -6,7 +6,8 @@
  * record is on disk, and not if the lease's ground has gone meanwhile.
  */
 import { randomUUIDv7 } from 'node:crypto'
-import type { Journal, JournalEntry, JournalTable } from '../audit/journal.ts'
+import type { Journal, JournalEntry } from '../audit/journal.ts'
+import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
@@ -393,10 +394,6 @@ function decisionRow(
   latencyUs: number,
 ): { id: string; entry: JournalEntry } {
   const id = randomUUIDv7()
-  // The verdict's own JSON is spliced in: it was made once, when the verdict was.
-  const questions = decided.map(({ question: { user, service, action }, verdict }) => {
-    return `${JSON.stringify({ user, service, action }).slice(0, -1)},${verdict.json.slice(1)}`
-  })
   const row = [
     new Date(call.startedAt),
     id,
@@ -407,7 +404,7 @@ function decisionRow(
     call.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${questions.join(',')}]`,
+    `[${decided.map(({ verdict }) => verdict.json).join(',')}]`,
   ]
   return { id, entry: { table: decisionsTable, row } }
 }

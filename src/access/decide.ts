@@ -8,6 +8,7 @@
  * on, and is used only while all of them are what they were, and the time is between its making and its end.
  */
 import { LRUCache } from 'lru-cache'
+import { canonicalJson } from '../audit/seals.ts'
 import type { Clock } from '../clock.ts'
 import type { Facts, Ground } from './facts.ts'
 import type { AuthzInput, PolicyEngine, PolicyReason, Weekday } from './policy-engine.ts'
@@ -24,7 +25,7 @@ export type Verdict = {
   /** Ask again by then, ms since epoch. */
   expiresAtMs: number
   input: AuthzInput
-  /** `{allow, reasons, evaluatedAt, expiresAt, input}` as JSON, made once however often the verdict is used. */
+  /** The question and the answer as an audited decision has them, as `canonicalJson`: made once, however often used. */
   json: string
 }
 
@@ -68,7 +69,8 @@ export function createDecider(options: {
     const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
     const expiresAtMs = Math.min(now + validForSeconds * 1_000, staleAtMs)
     const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
-    const json = JSON.stringify({ allow, reasons, evaluatedAt, expiresAt, input })
+    const { user, service, action } = question
+    const json = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, input })
     const verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json }
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict

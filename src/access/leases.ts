@@ -13,7 +13,8 @@
  */
 import { randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
-import type { JournalEntry, JournalTable } from '../audit/journal.ts'
+import type { JournalEntry } from '../audit/journal.ts'
+import type { JournalTable } from '../audit/journal-table.ts'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'

@@ -16,17 +16,17 @@ import { type EntityManager, isDatabaseOutage } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { AuditEvent } from './entities.ts'
-import { createChain, insertSeal, macOfRow, readHeads, type SealedRow, type SealKey, sealedRow } from './seals.ts'
-
-/** A table that the journal writes. Rows are column values, in the order of `columns`. */
-export type JournalTable = {
-  name: string
-  columns: readonly { name: string; type: string }[]
-  /** What follows the insert, such as `on conflict …`. */
-  onConflict?: string
-  /** Rows of one batch with the same key are one row, the last. */
-  key?: (row: readonly unknown[]) => string
-}
+import { insertStatement, type JournalTable, rowText } from './journal-table.ts'
+import {
+  canonicalJson,
+  createChain,
+  insertSeal,
+  macOfRow,
+  readHeads,
+  type SealedRow,
+  type SealKey,
+  sealedRow,
+} from './seals.ts'
 
 export type JournalEntry = { table: JournalTable; row: readonly unknown[] }
 
@@ -84,6 +84,7 @@ export function startJournal(options: {
   const queue: Append[] = []
   const chain = createChain({ ...options, key: sealKey })
   let flushing: Promise<void> | undefined
+  const names = new Map<string, string>()
 
   function enqueue(append: Append): void {
     queue.push(append)
@@ -118,28 +119,30 @@ export function startJournal(options: {
   }
 
   async function commit(batch: readonly Append[]): Promise<number> {
-    const rowsOf = new Map<JournalTable, (readonly unknown[])[]>()
+    /** The texts of each table's rows, by their key where only the last of several counts. */
+    const textsOf = new Map<JournalTable, Map<string | number, string>>()
     const sealed: SealedRow[] = []
     for (const append of batch) {
       if (append.committed) sealed.push(...append.committed)
       for (const { table, row } of append.entries) {
-        const rows = rowsOf.get(table)
-        if (rows) rows.push(row)
-        else rowsOf.set(table, [row])
-        const inSeal = sealedRow(table, row)
+        let texts = textsOf.get(table)
+        if (!texts) {
+          texts = new Map()
+          textsOf.set(table, texts)
+        }
+        const text = rowText(table, row)
+        texts.set(table.key ? table.key(row) : texts.size, text)
+        const inSeal = sealedRow(table, row, text)
         if (inSeal) sealed.push(inSeal)
       }
     }
     let count = 0
     const inserts: string[] = []
     const parameters: unknown[] = []
-    for (const [table, all] of rowsOf) {
-      const rows = table.key ? [...new Map(all.map(row => [table.key?.(row), row])).values()] : all
-      count += rows.length
+    for (const [table, texts] of textsOf) {
+      count += texts.size
+      parameters.push(`[${[...texts.values()].join(',')}]`)
       inserts.push(insertStatement(table, parameters.length))
-      table.columns.forEach((_, column) => {
-        parameters.push(rows.map(row => row[column]))
-      })
     }
     const [opening, closing] = (['open', 'close'] as const).map(what => batch.some(({ also }) => also === what))
     const draft = chain.next(sealed, await otherChains(batch), { opening, closing })
@@ -148,9 +151,20 @@ export function startJournal(options: {
     // One statement is one transaction and one round trip.
     const last = inserts.pop()
     const before = inserts.map((insert, index) => `w${index} as (${insert})`)
-    await pool.query(`${before.length ? `with ${before.join(', ')} ` : ''}${last}`, parameters)
+    const text = `${before.length ? `with ${before.join(', ')} ` : ''}${last}`
+    await pool.query({ name: nameOf(text), text, values: parameters })
     if (draft) chain.advance(draft)
     return count
+  }
+
+  /** The few statements that there are, by what they write, are prepared once a connection. */
+  function nameOf(text: string): string {
+    let name = names.get(text)
+    if (!name) {
+      name = `journal-${names.size}`
+      names.set(text, name)
+    }
+    return name
   }
 
   /** Looked at when a chain begins, then every now and then. */
@@ -232,7 +246,7 @@ export function startJournal(options: {
       let uncommitted: SealedRow[] = []
       return {
         vouch(row) {
-          const event = sealedRow(auditEventsTable, row) as SealedRow
+          const event = sealedRow(auditEventsTable, row, rowText(auditEventsTable, row)) as SealedRow
           uncommitted.push(event)
           return macOfRow(sealKey, event)
         },
@@ -258,16 +272,6 @@ export function startJournal(options: {
 
 /** What the journal writes of its own accord: nobody waits for it. */
 const itself: Append = { entries: [], resolve: () => {}, reject: () => {}, persistent: true }
-
-function insertStatement(table: JournalTable, parametersBefore: number): string {
-  const names = table.columns.map(column => column.name).join(', ')
-  // JSON travels as text: an array of documents would be taken for one.
-  const arrays = table.columns.map(
-    ({ type }, at) => `$${parametersBefore + at + 1}::${type === 'jsonb' ? 'text' : type}[]`,
-  )
-  const values = table.columns.map(({ name, type }) => (type === 'jsonb' ? `${name}::jsonb` : name))
-  return `insert into ${table.name} (${names}) select ${values.join(', ')} from unnest(${arrays.join(', ')}) as t(${names}) ${table.onConflict ?? ''}`
-}
 
 export const auditEventsTable: JournalTable = {
   name: 'audit_events',
@@ -302,7 +306,7 @@ export function callEntry(call: Call, outcome: CallOutcome): JournalEntry {
       call.address,
       outcome.code,
       outcome.reason ?? '',
-      JSON.stringify(audit.detail),
+      canonicalJson(audit.detail),
       call.instanceId,
     ],
   }

@@ -32,6 +32,7 @@
 import { createHmac, hash, hkdfSync, randomUUID } from 'node:crypto'
 import type pg from 'pg'
 import type { Clock } from '../clock.ts'
+import type { JournalTable } from './journal-table.ts'
 
 /** Whose rows are sealed, by the number that stands for the table in a seal. */
 export const sealedTables = new Map([
@@ -121,26 +122,24 @@ function digestOf(table: string, text: string): Buffer {
   return hash('sha256', `${table}\n${text}`, 'buffer')
 }
 
-type Columns = { name: string; columns: readonly { name: string; type: string }[] }
-
-/** A row that is about to be written, as the journal has it; undefined for tables that are not sealed. */
-export function sealedRow(table: Columns, row: readonly unknown[]): SealedRow | undefined {
+/** A row that is about to be written, by the text of it; undefined for tables that are not sealed. */
+export function sealedRow(table: JournalTable, row: readonly unknown[], text: string): SealedRow | undefined {
   const number = numberOf.get(table.name)
   if (number === undefined) return undefined
-  let text = ''
-  let atUs = 0
-  let id = ''
-  for (const at of inOrderOfNames(table)) {
-    const { name, type } = table.columns[at] as Columns['columns'][number]
-    const value = row[at]
-    if (name === 'id') id = String(value)
-    if (name === 'at') atUs = (value as Date).getTime() * 1_000
-    if (value === null || value === undefined) continue
-    const json = name === 'at' ? atUs : jsonOf(value, type)
-    // Once it is read as JSON, a column that is null and one that holds JSON's null are the same.
-    if (json !== 'null') text += `${text === '' ? '' : ','}"${name}":${json}`
-  }
-  return { table: number, atUs, id, digest: digestOf(table.name, `{${text}}`) }
+  const { at, id } = placesIn(table)
+  const atUs = (row[at] as Date).getTime() * 1_000
+  return { table: number, atUs, id: row[id] as string, digest: digestOf(table.name, text) }
+}
+
+const places = new WeakMap<JournalTable, { at: number; id: number }>()
+
+function placesIn(table: JournalTable): { at: number; id: number } {
+  const known = places.get(table)
+  if (known) return known
+  const place = (wanted: string) => table.columns.findIndex(({ name }) => name === wanted)
+  const found = { at: place('at'), id: place('id') }
+  places.set(table, found)
+  return found
 }
 
 /** The same row as the database gives it back. @param content its columns but `at`, as JSON */
@@ -150,21 +149,9 @@ export function keptRow(number: number, atUs: number, content: Record<string, un
   return { table: number, atUs, id: String(content.id), digest: digestOf(sealedTables.get(number) ?? '', text) }
 }
 
-const orders = new WeakMap<Columns, number[]>()
-
-function inOrderOfNames(table: Columns): number[] {
-  let order = orders.get(table)
-  if (!order) {
-    const name = (at: number) => table.columns[at]?.name ?? ''
-    order = table.columns.map((_, at) => at).sort((a, b) => (name(a) < name(b) ? -1 : 1))
-    orders.set(table, order)
-  }
-  return order
-}
-
-function jsonOf(value: unknown, type: string): string {
-  if (type === 'jsonb') return JSON.stringify(inOrder(JSON.parse(value as string)))
-  return JSON.stringify(value)
+/** JSON with the keys of all objects in one order: what `rowText` expects of columns of type jsonb. */
+export function canonicalJson(value: unknown): string {
+  return JSON.stringify(inOrder(value))
 }
 
 /** The value with the keys of its objects sorted; the value itself where they are. */

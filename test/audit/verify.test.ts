@@ -6,7 +6,7 @@ import fc from 'fast-check'
 import type pg from 'pg'
 import { createKey } from '../../src/agent/csr.ts'
 import { auditEventsTable, type JournalEntry, startJournal } from '../../src/audit/journal.ts'
-import { sealKeyFrom } from '../../src/audit/seals.ts'
+import { canonicalJson, sealKeyFrom } from '../../src/audit/seals.ts'
 import { type Verification, verifyAudit } from '../../src/audit/verify.ts'
 import { systemClock } from '../../src/clock.ts'
 import { maintainPartitions } from '../../src/db/partitions.ts'
@@ -234,18 +234,7 @@ test('kill -9 leaves a log that verifies, and the end of its chain can not be cu
 })
 
 function eventAt(at: Date, detail: unknown = {}): JournalEntry {
-  const row = [
-    at,
-    randomUUIDv7(),
-    'tester',
-    '/test',
-    'é/"\\',
-    '127.0.0.1',
-    'OK',
-    '',
-    JSON.stringify(detail),
-    'instance',
-  ]
+  const row = [at, randomUUIDv7(), 'tester', '/test', 'é/"\\', '127.0.0.1', 'OK', '', canonicalJson(detail), 'instance']
   return { table: auditEventsTable, row }
 }
 
@@ -284,7 +273,7 @@ test('whatever JSON an event carries, it is the same row when it is read back', 
     { numRuns: 500 },
   )
   details.push(null, { b: 1, a: { 10: 1, 9: [{ z: 1e21, y: -0 }], '': null } }, { ['__proto__']: 1, x: 2 })
-  const entries = details.map(detail => eventAt(new Date(), detail))
+  const entries = details.map(detail => eventAt(new Date(), { detail }))
   await Promise.all(entries.map(entry => journal.append([entry])))
   const verification = await verify(pool)
   const wrong = verification.findings.map(({ id }) => details[entries.findIndex(({ row }) => row[1] === id)])

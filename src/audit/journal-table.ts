@@ -1,0 +1,68 @@
+/**
+ * How a row gets from the journal into its table: as JSON, one text a row, one parameter a table.
+ *
+ * The text is made once. Its hash goes into the seal (`seals.ts`), and PostgreSQL takes it apart again, which costs this
+ * process nothing: arrays of columns would have each document in them quoted once more.
+ */
+
+/** A table that the journal writes. Rows are column values, in the order of `columns`. */
+export type JournalTable = {
+  name: string
+  /**
+   * Values are strings, numbers and booleans as they are, a Date for `timestamptz`, and for `jsonb` the text of
+   * `canonicalJson`. What is null is left out.
+   */
+  columns: readonly { name: string; type: string }[]
+  /** What follows the insert, such as `on conflict …`. */
+  onConflict?: string
+  /** Rows of one batch with the same key are one row, the last. */
+  key?: (row: readonly unknown[]) => string
+}
+
+/** The text of a row: JSON with the columns in the order of their names, times in microseconds since the epoch. */
+export function rowText(table: JournalTable, row: readonly unknown[]): string {
+  let text = ''
+  for (const { at, key, type } of shapeOf(table).columns) {
+    const json = jsonOf(row[at], type)
+    // Once it is read as JSON, a column that is null and one that holds JSON's null are the same.
+    if (json !== 'null') text += `${text === '' ? '{' : ','}${key}${json}`
+  }
+  return text === '' ? '{}' : `${text}}`
+}
+
+/** Inserts all rows of a parameter, which holds their texts as one JSON array. */
+export function insertStatement(table: JournalTable, parameter: number): string {
+  return shapeOf(table).insert.replace('$', `$${parameter}`)
+}
+
+type Shape = {
+  /** In the order of their names. */
+  columns: readonly { at: number; key: string; type: string }[]
+  insert: string
+}
+
+const shapes = new WeakMap<JournalTable, Shape>()
+
+function shapeOf(table: JournalTable): Shape {
+  const known = shapes.get(table)
+  if (known) return known
+  const columns = table.columns.map(({ name, type }, at) => ({ at, key: `${JSON.stringify(name)}:`, type }))
+  columns.sort((one, other) => (one.key < other.key ? -1 : 1))
+  const names = table.columns.map(({ name }) => name)
+  const types = table.columns.map(({ name, type }) => `${name} ${type === 'timestamptz' ? 'bigint' : type}`)
+  const values = table.columns.map(({ name, type }) =>
+    type === 'timestamptz' ? `timestamptz 'epoch' + ${name} * interval '1 microsecond'` : name,
+  )
+  const insert = `insert into ${table.name} (${names.join(', ')}) select ${values.join(', ')} from json_to_recordset($::json) as t(${types.join(', ')}) ${table.onConflict ?? ''}`
+  const shape = { columns, insert }
+  shapes.set(table, shape)
+  return shape
+}
+
+function jsonOf(value: unknown, type: string): string {
+  if (value === null || value === undefined) return 'null'
+  if (type === 'jsonb') return value as string
+  if (value instanceof Date) return String(value.getTime() * 1_000)
+  // PostgreSQL refuses half of a surrogate pair.
+  return JSON.stringify(typeof value === 'string' && !value.isWellFormed() ? value.toWellFormed() : value)
+}
