@@ -274,6 +274,8 @@ async function compose(
     'grpc.max_connection_idle_ms': connectionIdleMs,
     'grpc.keepalive_time_ms': keepaliveMs,
     'grpc.keepalive_timeout_ms': keepaliveTimeoutMs,
+    // What nobody reads is not counted: it costs a twentieth of a call.
+    'grpc.enable_channelz': 0,
   })
   const dispatch = createDispatch({
     server,

@@ -22,7 +22,7 @@ import type {
   Question,
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
-import type { AccessQuestion, Decider, Verdict } from './decide.ts'
+import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
 import type { Facts } from './facts.ts'
 import { connectionEntry, type Lease, type Leases, type Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -77,7 +77,8 @@ export function createCheck(deps: AuthorizeDeps) {
     const question = checkQuestion(request.question, deviceId, 'question')
     call.audit.target = `device/${deviceId}`
     await deps.limit(callerName(call.caller), 1)
-    const { verdict } = await deps.decider.decide(question)
+    const decided = deps.decider.decide(question)
+    const { verdict } = decided instanceof Promise ? await decided : decided
     const decision = decisionEntry(call, deviceId, [{ question, verdict }], startedAt)
     await deps.journal.append([decision.entry])
     call.audit.written = true
@@ -119,10 +120,10 @@ export function createAuthorize(deps: AuthorizeDeps) {
         revocations.set(revocation.lease.id, revocation)
         revoked(revocation)
       }
-      const decided = await allOrNone(
-        asked.map((question, at) => decideAndLease(deps, question, questions[at]?.id ?? '', push)),
-        ({ lease }) => lease && deps.leases.drop(lease),
+      const deciding = asked.map((question, at) =>
+        orRejected(decideAndLease, deps, question, questions[at]?.id ?? '', push),
       )
+      const decided = await allOrNone(deciding, ({ lease }) => lease && deps.leases.drop(lease))
       const decision = decisionEntry(call, deviceId, decided, startedAt)
       const entries = [decision.entry]
       decided.forEach(({ lease }, at) => {
@@ -222,8 +223,17 @@ export function createAuthorize(deps: AuthorizeDeps) {
   }
 }
 
+/** What fails at once fails like what fails later: those before it in a batch are to be undone in either case. */
+function orRejected<Arguments extends unknown[], T>(act: (...given: Arguments) => T, ...given: Arguments) {
+  try {
+    return act(...given)
+  } catch (error) {
+    return Promise.reject(error)
+  }
+}
+
 /** All results. If one fails, the others are undone once they are there. @throws the first failure */
-async function allOrNone<T>(work: Promise<T>[], undo: (done: T) => void): Promise<T[]> {
+async function allOrNone<T>(work: (T | Promise<T>)[], undo: (done: T) => void): Promise<T[]> {
   try {
     return await Promise.all(work)
   } catch (error) {
@@ -232,20 +242,28 @@ async function allOrNone<T>(work: Promise<T>[], undo: (done: T) => void): Promis
   }
 }
 
+type Decided = { question: AccessQuestion; verdict: Verdict }
+type DecidedAndLeased = Decided & { lease: Lease | undefined }
+
 /**
  * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
  * evaluated, it is decided again.
  */
-async function decideAndLease(
+function decideAndLease(
   deps: AuthorizeDeps,
   question: AccessQuestion,
   questionId: string,
   push: (revocation: Revocation) => void,
-): Promise<{ question: AccessQuestion; verdict: Verdict; lease: Lease | undefined }> {
-  for (let attempt = 1; attempt <= attemptsMax; attempt++) {
-    const { verdict, ground } = await deps.decider.decide(question)
+  attempt = 1,
+): DecidedAndLeased | Promise<DecidedAndLeased> {
+  function leaseIfAllowed({ verdict, ground }: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
     if (!verdict.allow) return { question, verdict, lease: undefined }
-    if (!deps.facts.isCurrent(question, ground)) continue
+    if (!deps.facts.isCurrent(question, ground)) {
+      if (attempt < attemptsMax) return decideAndLease(deps, question, questionId, push, attempt + 1)
+      throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
+        retryAfterMs: 100,
+      })
+    }
     const lease = deps.leases.grant({
       questionId,
       question,
@@ -258,9 +276,9 @@ async function decideAndLease(
     })
     return { question, verdict, lease }
   }
-  throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
-    retryAfterMs: 100,
-  })
+
+  const decision = deps.decider.decide(question)
+  return decision instanceof Promise ? decision.then(leaseIfAllowed) : leaseIfAllowed(decision)
 }
 
 /** The decision that ended a lease, made by the server itself. */
@@ -379,8 +397,6 @@ const openConnection = (lease: Lease) => ({
   grantedAt: new Date(lease.grantedAtMs),
   expiresAt: new Date(lease.expiresAtMs),
 })
-
-type Decided = { question: AccessQuestion; verdict: Verdict }
 
 export function decisionEntry(call: Call, deviceId: string, decided: Decided[], startedAt: number) {
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)

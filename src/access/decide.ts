@@ -29,9 +29,15 @@ export type Verdict = {
   json: string
 }
 
+export type Decision = { verdict: Verdict; ground: Ground }
+
 export type Decider = {
-  /** @throws Fault UNAVAILABLE when policy or facts can't be had; never guesses */
-  decide(question: AccessQuestion): Promise<{ verdict: Verdict; ground: Ground }>
+  /**
+   * At once where facts and verdict are in memory.
+   *
+   * @throws Fault UNAVAILABLE when policy or facts can't be had; never guesses
+   */
+  decide(question: AccessQuestion): Decision | Promise<Decision>
   stats(): { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<InvalidationCause, number> }
 }
 
@@ -76,32 +82,36 @@ export function createDecider(options: {
     return verdict
   }
 
+  function decideOn(question: AccessQuestion, ground: Ground): Decision | Promise<Decision> {
+    const now = clock()
+    // No part of it can hold a NUL. If one could, two questions would drop each other's verdicts, and use none.
+    const asked = `${question.deviceId}\0${question.user}\0${question.service}\0${question.action}`
+    const kept = verdicts.get(asked)
+    if (kept) {
+      const cause = whatEnded(kept, ground, engine.revision(), now)
+      if (cause === undefined && (onError === 'last-known' || engine.ready())) {
+        hits++
+        return { verdict: kept.verdict, ground }
+      }
+      if (cause !== undefined) {
+        invalidated(cause)
+        verdicts.delete(asked)
+      }
+    }
+    misses++
+    const key = `${asked}\0${groundParts.map(part => ground[part].version).join()}\0${engine.revision()}`
+    let evaluation = underWay.get(key)
+    if (!evaluation) {
+      evaluation = evaluate(asked, question, ground, now).finally(() => underWay.delete(key))
+      underWay.set(key, evaluation)
+    }
+    return evaluation.then(verdict => ({ verdict, ground }))
+  }
+
   return {
-    async decide(question) {
-      const ground = await facts.ground(question)
-      const now = clock()
-      // No part of it can hold a NUL. If one could, two questions would drop each other's verdicts, and use none.
-      const asked = `${question.deviceId}\0${question.user}\0${question.service}\0${question.action}`
-      const kept = verdicts.get(asked)
-      if (kept) {
-        const cause = whatEnded(kept, ground, engine.revision(), now)
-        if (cause === undefined && (onError === 'last-known' || engine.ready())) {
-          hits++
-          return { verdict: kept.verdict, ground }
-        }
-        if (cause !== undefined) {
-          invalidated(cause)
-          verdicts.delete(asked)
-        }
-      }
-      misses++
-      const key = `${asked}\0${groundParts.map(part => ground[part].version).join()}\0${engine.revision()}`
-      let evaluation = underWay.get(key)
-      if (!evaluation) {
-        evaluation = evaluate(asked, question, ground, now).finally(() => underWay.delete(key))
-        underWay.set(key, evaluation)
-      }
-      return { verdict: await evaluation, ground }
+    decide(question) {
+      const ground = facts.ground(question)
+      return ground instanceof Promise ? ground.then(known => decideOn(question, known)) : decideOn(question, ground)
     },
     stats: () => ({ entries: verdicts.size, hits, misses, invalidations }),
   }

@@ -38,8 +38,12 @@ export type Ground = {
 }
 
 export type Facts = {
-  /** @throws Fault UNAVAILABLE when memory can't be trusted and the database can't be asked */
-  ground(question: { deviceId: string; user: string; service: string }): Promise<Ground>
+  /**
+   * At once where all of it is in memory.
+   *
+   * @throws Fault UNAVAILABLE when memory can't be trusted and the database can't be asked
+   */
+  ground(question: { deviceId: string; user: string; service: string }): Ground | Promise<Ground>
   /** Whether nothing of it has changed since. */
   isCurrent(question: { deviceId: string; user: string; service: string }, ground: Ground): boolean
   policyData(): Promise<PolicyFacts>
@@ -130,29 +134,48 @@ export function createFacts(options: {
 
   const nobody = ''
 
-  async function freshDevice(id: string): Promise<Fact<DeviceFacts | undefined>> {
-    const fact = await devices.get(id)
-    const measuredAtMs = fact.value?.measuredAtMs
-    if (!measuredAtMs) return fact
-    const staleAt = measuredAtMs + maxAgeMs
-    if (clock() < staleAt || fact.loadedAt >= staleAt) return fact
+  function freshDevice(id: string): Fact<DeviceFacts | undefined> | Promise<Fact<DeviceFacts | undefined>> {
+    const fact = devices.get(id)
+    if (fact instanceof Promise) return fact.then(loaded => (looksStale(loaded) ? loadAgain(id) : loaded))
+    return looksStale(fact) ? loadAgain(id) : fact
+  }
+
+  /** And may have reported since to another instance. */
+  function looksStale({ value, loadedAt }: Fact<DeviceFacts | undefined>): boolean {
+    if (!value?.measuredAtMs) return false
+    const staleAt = value.measuredAtMs + maxAgeMs
+    return clock() >= staleAt && loadedAt < staleAt
+  }
+
+  function loadAgain(id: string) {
     devices.forget(id)
     return devices.get(id)
   }
 
+  function ground(question: Parameters<Facts['ground']>[0]): Ground | Promise<Ground> {
+    if (!feed.isLive()) return feed.caughtUp().then(() => ground(question))
+    const device = freshDevice(question.deviceId)
+    const user = users.get(question.user)
+    const service = services.get(question.service)
+    const data = policy.get('data')
+    const inMemory =
+      !(device instanceof Promise) &&
+      !(user instanceof Promise) &&
+      !(service instanceof Promise) &&
+      !(data instanceof Promise)
+    if (!inMemory) {
+      return Promise.all([device, user, service, data]).then(async ([device, user, service, policy]) => {
+        return { device, user, service, policy, grants: await grants.get(user.value?.role ?? nobody) }
+      })
+    }
+    const granted = grants.get(user.value?.role ?? nobody)
+    if (granted instanceof Promise) return granted.then(grants => ({ device, user, service, policy: data, grants }))
+    return { device, user, service, policy: data, grants: granted }
+  }
+
   return {
     maxAgeMs,
-    async ground({ deviceId, user, service }) {
-      if (!feed.isLive()) await feed.caughtUp()
-      const [deviceFact, userFact, serviceFact, policyFact] = await Promise.all([
-        freshDevice(deviceId),
-        users.get(user),
-        services.get(service),
-        policy.get('data'),
-      ])
-      const grantsFact = await grants.get(userFact.value?.role ?? nobody)
-      return { device: deviceFact, user: userFact, service: serviceFact, grants: grantsFact, policy: policyFact }
-    },
+    ground,
     isCurrent({ deviceId, user, service }, ground) {
       return (
         devices.isCurrent(deviceId, ground.device) &&

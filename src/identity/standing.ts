@@ -12,8 +12,12 @@ import { Fault } from '../fault.ts'
 import type { RevocationReason } from './crl.ts'
 
 export type Standing = {
-  /** @throws Fault UNAUTHENTICATED that says what was revoked; UNAVAILABLE when that can't be known now */
-  demand(caller: Identified): Promise<void>
+  /**
+   * At once where the holder is in memory.
+   *
+   * @throws Fault UNAUTHENTICATED that says what was revoked; UNAVAILABLE when that can't be known now
+   */
+  demand(caller: Identified): void | Promise<void>
   /** @throws Fault UNAUTHENTICATED CERTIFICATE_RETIRED unless the authority that issued the certificate is trusted */
   demandIssuer(caller: Pick<Identified, 'issuerKeyId'>): void
   /**
@@ -96,14 +100,26 @@ export function createStanding(options: {
     return (await kept.get(id)).value
   }
 
+  async function demandOnRecord({ kind, id, serial, issuerKeyId }: Identified): Promise<void> {
+    if (!feed.isLive()) await feed.caughtUp()
+    demandIssuer({ issuerKeyId })
+    // Only who holds a certificate of ours gets here.
+    const holder = await holderWith({ kind, id }, ({ certificates }) => certificates.has(serial))
+    demandUnrevoked({ kind, id }, holder.device, holder.certificates.get(serial))
+  }
+
   return {
     demandIssuer,
-    async demand({ kind, id, serial, issuerKeyId }) {
-      if (!feed.isLive()) await feed.caughtUp()
-      demandIssuer({ issuerKeyId })
-      // Only who holds a certificate of ours gets here.
-      const holder = await holderWith({ kind, id }, ({ certificates }) => certificates.has(serial))
-      demandUnrevoked({ kind, id }, holder.device, holder.certificates.get(serial))
+    demand(caller) {
+      const { kind, id, serial } = caller
+      if (!feed.isLive()) return demandOnRecord(caller)
+      const kept = holders[kind]?.get(id)
+      if (!kept || kept instanceof Promise) return demandOnRecord(caller)
+      const certificate = kept.value.certificates.get(serial)
+      if (!certificate) return demandOnRecord(caller)
+      demandIssuer(caller)
+      demandUnrevoked(caller, kept.value.device, certificate)
+      return undefined
     },
 
     async demandSeen(id, fingerprintSha256, nowMs) {

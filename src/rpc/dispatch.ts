@@ -73,7 +73,7 @@ export type DispatchOptions = {
   server: Server
   peerAt: (address: string) => Peer | undefined
   /** @throws Fault UNAUTHENTICATED when the certificate or its holder has been revoked */
-  demandStanding: (caller: Identified) => Promise<void>
+  demandStanding: (caller: Identified) => void | Promise<void>
   /** @throws Fault PERMISSION_DENIED when policy does not let the operator call the method */
   demandPermission: (caller: Identified, method: string) => Promise<void>
   journal: Journal
@@ -91,7 +91,14 @@ const messagesUnreadMax = 1_024
 /** What stands in for a message that is not what its method takes. */
 const malformed = Symbol('malformed message')
 
-type OpenCall = { call: Call; span: Span; cut: (fault: Fault) => void; finish: (fault: Fault) => void }
+type OpenCall = {
+  call: Call
+  span: Span
+  cut: (fault: Fault) => void
+  finish: (fault: Fault) => void
+  /** The answer or the refusal has left. */
+  isOver: boolean
+}
 
 /** Costs nothing while nobody exports traces. */
 const tracer = trace.getTracer('edgemesh')
@@ -106,24 +113,28 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   const open = new Set<OpenCall>()
   const serverTime = serverTimeFrom(clock)
 
-  /** Steps 1 to 3. */
-  async function admit(peer: Peer, call: Call, access: Access): Promise<void> {
+  /** Steps 1 to 3. @returns nothing to wait for, mostly: whoever called a moment ago is known to stand */
+  function admit(peer: Peer, call: Call, access: Access): void | Promise<void> {
     if (access === 'anyone') return
     const demand = access === evenExpired ? demandRenewable : demandIdentity
     const caller = demand(peer, call.startedAt)
     call.caller = caller
     // Whether one that has expired would still stand is for the handler to find out, with all else that it takes.
-    if (caller.notAfter > call.startedAt) await options.demandStanding(caller)
+    const standing = caller.notAfter > call.startedAt ? options.demandStanding(caller) : undefined
+    return standing ? standing.then(() => demandAccess(caller, call, access)) : demandAccess(caller, call, access)
+  }
+
+  function demandAccess(caller: Identified, call: Call, access: Access): void | Promise<void> {
     if (access !== 'identified' && !access.includes(caller.kind)) {
       throw new Fault('PERMISSION_DENIED', 'WRONG_CALLER', `this is for a ${access}, not for a ${caller.kind}`)
     }
-    if (access === 'operator') await options.demandPermission(caller, call.method)
+    if (access === 'operator') return options.demandPermission(caller, call.method)
   }
 
   function begin(grpcCall: AnyCall, method: string): { peer: Peer; call: Call; opened: OpenCall } {
-    const abort = new AbortController()
     const peer = options.peerAt(grpcCall.getPeer()) ?? gonePeer
     const startedAt = clock()
+    const ending = lazyAbort()
     const call: Call = {
       caller: callerOf(peer, startedAt),
       address: peer.address,
@@ -131,20 +142,23 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       startedAt,
       instanceId,
       clockOffsetMs: clockOffsetMs(sentAtOf(grpcCall), startedAt),
-      signal: abort.signal,
+      get signal() {
+        return ending.signal()
+      },
       audit: { target: '', detail: {}, written: false, own: journal.ownEvents() },
     }
     const span = tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
-    const opened: OpenCall = { call, span, cut: fault => abort.abort(fault), finish: () => {} }
+    const opened: OpenCall = { call, span, cut: ending.abort, finish: () => {}, isOver: false }
     open.add(opened)
-    // The three kinds of call are all emitters, but share no overload of `on`.
-    ;(grpcCall as EventEmitter).on('cancelled', () =>
-      abort.abort(new Fault('ABORTED', 'CANCELLED', 'the caller has gone')),
-    )
+    // The three kinds of call are all emitters, but share no overload of `on`. It comes after every call, too.
+    ;(grpcCall as EventEmitter).on('cancelled', () => {
+      if (!opened.isOver) ending.abort(new Fault('ABORTED', 'CANCELLED', 'the caller has gone'))
+    })
     return { peer, call, opened }
   }
 
   function close(opened: OpenCall): void {
+    opened.isOver = true
     open.delete(opened)
     opened.span.end()
   }
@@ -181,9 +195,10 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     const serve: handleUnaryCall<unknown, unknown> = async (grpcCall, callback) => {
       const { peer, call, opened } = begin(grpcCall, method)
       try {
-        await admit(peer, call, access)
+        const admission = admit(peer, call, access)
+        if (admission) await admission
         const response = await handle(wellFormed(grpcCall.request), call)
-        await auditSuccess(call)
+        if (!call.audit.written) await auditSuccess(call)
         options.onCall(method, 'OK')
         callback(null, response, serverTime())
       } catch (error) {
@@ -262,7 +277,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     return (grpcCall: any, callback: any) => {
       const { peer, call, opened } = begin(grpcCall, method)
       close(opened)
-      admit(peer, call, access)
+      Promise.try(admit, peer, call, access)
         .then(() => {
           wellFormed(grpcCall.request)
           const answer = (error: unknown, value: unknown) => callback(error, value, serverTime())
@@ -313,6 +328,24 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       const counts = new Map<string, number>()
       for (const { call } of open) counts.set(call.method, (counts.get(call.method) ?? 0) + 1)
       return counts
+    },
+  }
+}
+
+/** An abort controller that is made when somebody looks: the calls that are over in a moment need none. */
+function lazyAbort() {
+  let controller: AbortController | undefined
+  let fault: Fault | undefined
+  return {
+    abort(by: Fault) {
+      fault ??= by
+      controller?.abort(by)
+    },
+    signal(): AbortSignal {
+      if (controller) return controller.signal
+      controller = new AbortController()
+      if (fault) controller.abort(fault)
+      return controller.signal
     },
   }
 }

@@ -63,7 +63,7 @@ export function enforceStanding(options: {
       throwOut(holder, caller, certificateExpired())
       return
     }
-    standing.demand(caller).catch(error => {
+    Promise.try(standing.demand, caller).catch(error => {
       if (error instanceof Fault && error.code === 'UNAUTHENTICATED') throwOut(holder, caller, error)
       else if (connections.has(holder)) {
         log.debug({ err: error }, 'a certificate could not be looked at again yet')
