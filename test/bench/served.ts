@@ -12,6 +12,7 @@ export type Answer = { certificatePem?: string; cpu?: NodeJS.CpuUsage; profile?:
 
 export type Served = {
   address: string
+  databaseUrl: string
   rootsPem: string
   /** A certificate of an operator who may do everything. */
   operatorCertificate(csr: Uint8Array): Promise<string>
@@ -103,6 +104,7 @@ export async function startServed(env: Record<string, string> = {}): Promise<Ser
     const { port, rootsPem } = await started
     return {
       address: `127.0.0.1:${port}`,
+      databaseUrl: database.url,
       rootsPem,
       async operatorCertificate(csr) {
         const { certificatePem = '' } = await ask({ ask: 'operator', csr })

@@ -1,0 +1,51 @@
+/** Starts `bare-echo.ts`, the floor of what a message costs, and asks it for its processor time. */
+import { fork } from 'node:child_process'
+import { once } from 'node:events'
+import { join } from 'node:path'
+import type { Answer } from '../../src/gen/edgemesh/v1/authorize.ts'
+import type { EchoStarted } from './bare-echo.ts'
+import type { Identity } from './enrolled-device.ts'
+
+export type BareEcho = {
+  address: string
+  client: Identity
+  /** What every question is answered with from now on. */
+  answer(answer: Answer): Promise<void>
+  cpuSince(before?: NodeJS.CpuUsage): Promise<NodeJS.CpuUsage>
+  stop(): Promise<void>
+}
+
+export async function startBareEcho(): Promise<BareEcho> {
+  const child = fork(join(import.meta.dirname, 'bare-echo.ts'), {
+    execArgv: [],
+    serialization: 'advanced',
+    stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
+  })
+  const exited = once(child, 'exit')
+  type Message = { started: EchoStarted; cpu: NodeJS.CpuUsage }
+  const next = () =>
+    new Promise<Message>((resolve, reject) => {
+      child.once('message', message => resolve(message as Message))
+      exited.then(([code]) => reject(new Error(`the bare server has ended with code ${code}`)))
+    })
+  const ask = (question: { ask: 'cpu' } | { ask: 'answer'; answer: Answer }) => {
+    const answered = next()
+    child.send(question)
+    return answered
+  }
+  const { started } = await next()
+  const { port, ...client } = started
+  return {
+    address: `127.0.0.1:${port}`,
+    client,
+    answer: async answer => void (await ask({ ask: 'answer', answer })),
+    async cpuSince(before = { user: 0, system: 0 }) {
+      const { cpu } = await ask({ ask: 'cpu' })
+      return { user: cpu.user - before.user, system: cpu.system - before.system }
+    },
+    async stop() {
+      if (child.connected) child.disconnect()
+      await exited
+    },
+  }
+}
