@@ -22,7 +22,7 @@ import type {
   Question,
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
-import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
+import { type AccessQuestion, type Decider, type Decision, keepsOnRecord, type Verdict } from './decide.ts'
 import type { Facts } from './facts.ts'
 import { connectionEntry, type Lease, type Leases, type Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -79,8 +79,9 @@ export function createCheck(deps: AuthorizeDeps) {
     await deps.limit(callerName(call.caller), 1)
     const decided = deps.decider.decide(question)
     const { verdict } = decided instanceof Promise ? await decided : decided
-    const decision = decisionEntry(call, deviceId, [{ question, verdict }], startedAt)
+    const decision = decisionEntry(call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
     await deps.journal.append([decision.entry])
+    decision.committed()
     call.audit.written = true
     deps.onDecision(verdict.allow ? 'allow' : 'deny', (performance.now() - startedAt) / 1_000)
     const answer = answerOf(request.question.id, verdict, `${decision.id}.0`, '')
@@ -124,7 +125,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
         orRejected(decideAndLease, deps, question, questions[at]?.id ?? '', push),
       )
       const decided = await allOrNone(deciding, ({ lease }) => lease && deps.leases.drop(lease))
-      const decision = decisionEntry(call, deviceId, decided, startedAt)
+      const decision = decisionEntry(call, deviceId, decided, deps.clock(), startedAt)
       const entries = [decision.entry]
       decided.forEach(({ lease }, at) => {
         if (!lease) return
@@ -133,6 +134,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
       })
       try {
         await deps.journal.append(entries)
+        decision.committed()
       } catch (error) {
         for (const { lease } of decided) if (lease) deps.leases.drop(lease)
         throw error
@@ -284,8 +286,9 @@ function decideAndLease(
 /** The decision that ended a lease, made by the server itself. */
 export function revocationEntry(instanceId: string, clock: Clock) {
   return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
-    const call = { caller: `instance/${instanceId}`, method: 'lease', address: '', startedAt: clock(), instanceId }
-    const { id, entry } = decisionRow(call, lease.question.deviceId, [{ question: lease.question, verdict }], 0)
+    const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
+    const { question } = lease
+    const { id, entry } = decisionRow(by, question.deviceId, [{ question, verdict }], clock(), 0)
     return { entry, decisionId: `${id}.0` }
   }
 }
@@ -398,29 +401,42 @@ const openConnection = (lease: Lease) => ({
   expiresAt: new Date(lease.expiresAtMs),
 })
 
-export function decisionEntry(call: Call, deviceId: string, decided: Decided[], startedAt: number) {
+/** @param startedAt when the work on the message began, as `performance.now()` */
+export function decisionEntry(call: Call, deviceId: string, decided: Decided[], nowMs: number, startedAt: number) {
+  const { method, address, instanceId } = call
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
-  return decisionRow({ ...call, caller: callerName(call.caller) }, deviceId, decided, latencyUs)
+  const by = { caller: callerName(call.caller), method, address, instanceId }
+  return decisionRow(by, deviceId, decided, nowMs, latencyUs)
 }
 
 function decisionRow(
-  call: { caller: string; method: string; address: string; startedAt: number; instanceId: string },
+  by: { caller: string; method: string; address: string; instanceId: string },
   deviceId: string,
   decided: Decided[],
+  nowMs: number,
   latencyUs: number,
-): { id: string; entry: JournalEntry } {
+): { id: string; entry: JournalEntry; committed: () => void } {
   const id = randomUUIDv7()
+  const at = new Date(nowMs)
   const row = [
-    new Date(call.startedAt),
+    at,
     id,
     deviceId,
-    call.caller,
-    call.method,
-    call.address,
-    call.instanceId,
+    by.caller,
+    by.method,
+    by.address,
+    by.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${decided.map(({ verdict }) => verdict.json).join(',')}]`,
+    `[${decided.map(({ verdict }) => verdict.jsonAgain ?? verdict.json).join(',')}]`,
   ]
-  return { id, entry: { table: decisionsTable, row } }
+  return {
+    id,
+    entry: { table: decisionsTable, row },
+    committed() {
+      decided.forEach(({ question, verdict }, place) => {
+        if (verdict.jsonAgain === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
+      })
+    },
+  }
 }

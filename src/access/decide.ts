@@ -27,6 +27,8 @@ export type Verdict = {
   input: AuthzInput
   /** The question and the answer as an audited decision has them, as `canonicalJson`: made once, however often used. */
   json: string
+  /** The same once its input is on record: with the place of that instead of the input, which is most of it. */
+  jsonAgain?: string
 }
 
 export type Decision = { verdict: Verdict; ground: Ground }
@@ -77,7 +79,7 @@ export function createDecider(options: {
     const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
     const { user, service, action } = question
     const json = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, input })
-    const verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json }
+    const verdict: Verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json }
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
   }
@@ -115,6 +117,14 @@ export function createDecider(options: {
     },
     stats: () => ({ entries: verdicts.size, hits, misses, invalidations }),
   }
+}
+
+/** The input of a verdict is on record: with the decision of this id, dated `at`. Later uses of it refer to that. */
+export function keepsOnRecord(verdict: Verdict, { user, service, action }: AccessQuestion, id: string, at: Date): void {
+  const { allow, reasons, evaluatedAtMs, expiresAtMs } = verdict
+  const [evaluatedAt, expiresAt] = [new Date(evaluatedAtMs), new Date(expiresAtMs)]
+  const of = { inputOf: id, inputAt: at }
+  verdict.jsonAgain = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, ...of })
 }
 
 type Kept = { verdict: Verdict; ground: Ground }

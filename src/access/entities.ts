@@ -88,7 +88,11 @@ export type DecidedQuestion = {
   /** ISO 8601: when the input was gathered, and until when the answer held. Rows of older versions have neither. */
   evaluatedAt?: string
   expiresAt?: string
-  input: AuthzInput
+  /** What policy was asked. */
+  input?: AuthzInput
+  /** Instead of it: the decision, an earlier one by the same verdict, that has it, and the time of that, ISO 8601. */
+  inputOf?: string
+  inputAt?: string
 }
 
 /** All that one message asked, in one row. Partitioned by day of `at`. */

@@ -65,8 +65,9 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       const { service, action } = asked
       const question = checkQuestion({ id: '', user: userOf(asked), service, action }, seen.deviceId, 'request')
       const { verdict } = await deps.decider.decide(question)
-      const decision = decisionEntry(call, seen.deviceId, [{ question, verdict }], startedAt)
+      const decision = decisionEntry(call, seen.deviceId, [{ question, verdict }], deps.clock(), startedAt)
       await deps.journal.append([decision.entry])
+      decision.committed()
       call.audit.written = true
       counted(verdict.allow ? 'allow' : 'deny')
       const told = { decisionId: `${decision.id}.0`, policyRevision: verdict.policyRevision }

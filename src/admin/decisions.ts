@@ -6,7 +6,7 @@
  */
 import { z } from 'zod'
 import type { DecidedQuestion } from '../access/entities.ts'
-import type { PolicyEngine } from '../access/policy-engine.ts'
+import type { AuthzInput, PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Database } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
@@ -51,14 +51,24 @@ type DecisionRow = {
   instance_id: string
   policy_revision: string
   question: DecidedQuestion
+  input: AuthzInput | null
 }
 
-/** Ordinality counts from 1. */
+/**
+ * Ordinality counts from 1. An input that another decision has is taken from there: its exact time spares a look into
+ * the partitions of all other days. Retention may have taken it away, if it lies within the oldest day's first hour.
+ */
 const selectDecisions = `
   select decision.id, (asked.ordinality - 1)::text as position, decision.at, decision.device_id, decision.caller,
-    decision.instance_id, decision.policy_revision, asked.question
+    decision.instance_id, decision.policy_revision, asked.question, coalesce(asked.question -> 'input', first.input) as input
   from decisions decision
-  cross join lateral jsonb_array_elements(decision.questions) with ordinality as asked (question, ordinality)`
+  cross join lateral jsonb_array_elements(decision.questions) with ordinality as asked (question, ordinality)
+  left join lateral (
+    select earlier.questions -> split_part(asked.question ->> 'inputOf', '.', 2)::int -> 'input' as input
+    from decisions earlier
+    where earlier.id = split_part(asked.question ->> 'inputOf', '.', 1)::uuid
+      and earlier.at = (asked.question ->> 'inputAt')::timestamptz
+  ) first on true`
 
 export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<PolicyEngine, 'revision' | 'explain'> }) {
   return {
@@ -98,10 +108,10 @@ export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<Po
       const [row] = rows
       if (!row) throw new Fault('NOT_FOUND', 'DECISION_NOT_FOUND', `there is no decision ${id.join('.')}`)
       const decision = decisionMessage(row)
-      if (!explain) return { decision, explanation: undefined }
+      if (!explain || row.input === null) return { decision, explanation: undefined }
       // Of what was recorded, not of what is so now: the input is all that policy ever saw.
       const policyRevision = policy.revision()
-      const rules = await policy.explain(row.question.input)
+      const rules = await policy.explain(row.input)
       return { decision, explanation: rules && { policyRevision, rules } }
     },
   }
@@ -120,7 +130,7 @@ function decisionMessage({ question, ...row }: DecisionRow): DecisionMessage {
     policyRevision: row.policy_revision,
     caller: row.caller,
     instanceId: row.instance_id,
-    input: question.input,
+    input: row.input ?? undefined,
     evaluatedAt: question.evaluatedAt === undefined ? undefined : new Date(question.evaluatedAt),
     expiresAt: question.expiresAt === undefined ? undefined : new Date(question.expiresAt),
   }

@@ -21,6 +21,7 @@ export type Compared =
   | { kind: 'undecided'; why: string }
 
 export async function compare(candidate: PolicyEngine, decision: Decision): Promise<Compared> {
+  if (!decision.input) return { kind: 'undecided', why: 'its facts are older than what is kept' }
   try {
     const { allow, reasons } = await candidate.evaluate('authz', decision.input as unknown as AuthzInput)
     if (allow === decision.allowed) return { kind: 'same' }
