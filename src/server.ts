@@ -7,8 +7,10 @@
  */
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Server } from '@grpc/grpc-js'
 import { createAuthorize, createCheck, revocationEntry } from './access/authorize.ts'
+import { claimConnections } from './access/connection-records.ts'
 import { createDecider } from './access/decide.ts'
 import { accessEntities } from './access/entities.ts'
 import { createEnvoyCheck } from './access/envoy.ts'
@@ -18,6 +20,8 @@ import { createLeases } from './access/leases.ts'
 import type { PolicyEngine } from './access/policy-engine.ts'
 import { startOpaPolicy } from './access/policy-server.ts'
 import { startWasmPolicy } from './access/policy-wasm.ts'
+import { createResume } from './access/resume.ts'
+import { watchRevocations } from './access/revocations.ts'
 import { adminHandlers } from './admin/admin-service.ts'
 import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
@@ -96,6 +100,12 @@ const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
 const partitionMaintenanceMs = 3_600_000
 const dayMs = 86_400_000
+/** Share of the time to drain in which devices are asked to leave, so that the last of them has the rest to do so. */
+const leavingShare = 0.5
+/** How often an instance that drains looks whether the last stream has gone. */
+const drainLookMs = 25
+/** What the answers of the last calls have at least to arrive. */
+const lastCallsMs = 1_000
 /** What a part may take to stop beyond the time to drain: work that waits for a database that is away is given up. */
 const stopMarginMs = 2_000
 
@@ -216,7 +226,7 @@ async function compose(
     graceMs: settings.leases.graceMs,
     clock,
     log,
-    onEnd: lease => metrics.connection(lease.serviceId, lease.state),
+    onState: lease => metrics.connection(lease.serviceId, lease.state),
   })
   stops.push(leases.stop)
   const authorizeDeps = {
@@ -230,8 +240,21 @@ async function compose(
     onDecision: metrics.decision,
     onConnection: metrics.connection,
   }
+  const resume = createResume({
+    ...authorizeDeps,
+    claim: (ids, deviceId) => claimConnections(db.pool, { ids, deviceId, instanceId }),
+  })
+  const revocations = watchRevocations({
+    clock,
+    onPush: metrics.revocationPush,
+    onAcknowledge: metrics.revocationAcknowledged,
+  })
   const instance = await keepInstanceRecord({ pool: db.pool, instanceId, leaseGraceMs: settings.leases.graceMs, log })
-  stops.push(instance.stop)
+  stops.push(async () => {
+    // What waits to be resumed has to be on record as such before this instance is gone.
+    await journal.drained()
+    await instance.stop(leases.suspended() > 0)
+  })
 
   // Fleet
   const writer = startReportWriter({
@@ -346,7 +369,7 @@ async function compose(
       trustBundle,
       heartbeats,
       check: createCheck(authorizeDeps),
-      authorize: createAuthorize(authorizeDeps),
+      authorize: createAuthorize({ ...authorizeDeps, resume, revocations, graceMs: settings.leases.graceMs }),
       envoyCheck: createEnvoyCheck({ ...authorizeDeps, standing, trustDomain }),
       admin: adminHandlers({
         db,
@@ -388,7 +411,11 @@ async function compose(
   })
   const openedPort = port
   stops.push(() => server.forceShutdown())
-  stops.push(() => openedPort.close(settings.drainMs))
+  let drainEndsAt = Number.POSITIVE_INFINITY
+  stops.push(() => {
+    const leftMs = Math.max(lastCallsMs, drainEndsAt - performance.now())
+    return openedPort.close(Math.min(settings.drainMs, leftMs))
+  })
 
   // Telemetry
   metrics.observe({
@@ -396,6 +423,8 @@ async function compose(
     unhealthyDevices: census.unhealthyDevices,
     clocks: census.clocks,
     connectionsActive: leases.activeByService,
+    connectionsSuspended: leases.suspended,
+    revocationsUnacknowledged: revocations.unacknowledged,
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
     decisionCache: decider.stats,
@@ -446,11 +475,14 @@ async function compose(
       stopped ??= (async () => {
         stopping = true
         health.setServing(false)
-        heartbeats.askToReconnect(settings.drainMs)
+        drainEndsAt = performance.now() + settings.drainMs
+        heartbeats.askToReconnect(settings.drainMs * leavingShare)
         const draining = new Fault('UNAVAILABLE', 'DRAINING', 'this instance is stopping; connect again', {
           retryAfterMs: 1_000,
         })
         approvals.endAll(draining)
+        // A stream that is cut has its device come back late, so each stays until its device has opened another elsewhere.
+        while (dispatch.streamsOpen().size > 0 && performance.now() < drainEndsAt) await sleep(drainLookMs)
         dispatch.finishAll(draining)
         await stopAll()
         log.info('edgemesh has stopped')

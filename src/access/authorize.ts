@@ -22,10 +22,12 @@ import type {
   Question,
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
+import { connectionEntry } from './connection-records.ts'
 import { type AccessQuestion, type Decider, type Decision, keepsOnRecord, type Verdict } from './decide.ts'
 import type { Facts } from './facts.ts'
-import { connectionEntry, type Lease, type Leases, type Revocation } from './leases.ts'
+import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
+import type { RevocationWatch } from './revocations.ts'
 
 export type AuthorizeDeps = {
   facts: Facts
@@ -37,7 +39,28 @@ export type AuthorizeDeps = {
   /** @throws Fault RESOURCE_EXHAUSTED when the caller asks too often */
   limit: (caller: string, questions: number) => Promise<void>
   onDecision: (decision: 'allow' | 'deny', seconds: number) => void
-  onConnection: (service: string, status: 'allowed' | 'denied') => void
+  onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
+}
+
+export type ContinuousDeps = AuthorizeDeps & {
+  resume: Resume
+  revocations: RevocationWatch
+  /** LEASE_GRACE_SECONDS: for how long the leases of a stream that was lost can be resumed. */
+  graceMs: number
+}
+
+/**
+ * One answer for each id.
+ *
+ * @throws Fault when nothing can be said of any of them now
+ */
+export type Resume = (ids: string[], stream: ResumingStream) => Promise<Answer[]>
+
+/** The stream that resumes. `hold`: the lease is its from now on, and will be answered as allowed. */
+export type ResumingStream = Pick<Lease, 'push' | 'moved'> & {
+  deviceId: string
+  call: Call
+  hold: (lease: Lease) => void
 }
 
 /** What a message may carry. At 2 kB of audit a question, a full message is a row of a quarter megabyte. */
@@ -89,7 +112,8 @@ export function createCheck(deps: AuthorizeDeps) {
   }
 }
 
-export function createAuthorize(deps: AuthorizeDeps) {
+export function createAuthorize(deps: ContinuousDeps) {
+  const resumeWithin = durationOf(deps.graceMs)
   return async (stream: MessageStream<AuthorizeRequest, AuthorizeResponse>, call: Call): Promise<void> => {
     if (call.caller.kind !== 'device') throw new Error('the method is for devices only')
     const deviceId = call.caller.id
@@ -98,23 +122,31 @@ export function createAuthorize(deps: AuthorizeDeps) {
     const held = new Map<string, Lease>()
     /** Once the stream has ended; questions may still be under way. */
     let over = false
-    const send = (kind: NonNullable<AuthorizeResponse['kind']>) =>
-      stream.send({ kind, serverTime: new Date(deps.clock()) })
+    /** It has ended by what passes: its device will be back. */
+    let lost = false
+    const pushed = deps.revocations.ofStream()
+    let greeting: AuthorizeResponse['resumeWithin'] = resumeWithin
+    const send = (kind: NonNullable<AuthorizeResponse['kind']>) => {
+      stream.send({ kind, serverTime: new Date(deps.clock()), resumeWithin: greeting })
+      greeting = undefined
+    }
 
-    function revoked({ lease, reasons, policyRevision, decisionId }: Revocation): void {
+    function revoked({ lease, reasons, policyRevision, decisionId, sinceMs }: Revocation): void {
       // A lease that its holder has not been told of yet turns into a denial instead (see `ask`).
       if (!held.delete(lease.id)) return
       const value = { connectionId: lease.id, questionId: lease.questionId, reasons, policyRevision, decisionId }
       send({ $case: 'revoked', value })
+      pushed.add(lease.id, sinceMs)
+    }
+
+    function moved(lease: Lease): void {
+      if (held.get(lease.id) === lease) held.delete(lease.id)
     }
 
     async function ask(questions: Question[]): Promise<Answer[]> {
       const startedAt = performance.now()
       const asked = questions.map((question, at) => checkQuestion(question, deviceId, `questions.questions[${at}]`))
-      if (held.size + asked.length > leasesPerStreamMax) {
-        const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
-        throw new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CONNECTIONS', message)
-      }
+      if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
       await deps.limit(callerName(call.caller), asked.length)
       const revocations = new Map<string, Revocation>()
       const push = (revocation: Revocation) => {
@@ -122,7 +154,7 @@ export function createAuthorize(deps: AuthorizeDeps) {
         revoked(revocation)
       }
       const deciding = asked.map((question, at) =>
-        orRejected(decideAndLease, deps, question, questions[at]?.id ?? '', push),
+        orRejected(decideAndLease, deps, question, { questionId: questions[at]?.id ?? '', push, moved }),
       )
       const decided = await allOrNone(deciding, ({ lease }) => lease && deps.leases.drop(lease))
       const decision = decisionEntry(call, deviceId, decided, deps.clock(), startedAt)
@@ -150,13 +182,15 @@ export function createAuthorize(deps: AuthorizeDeps) {
           const { reasons, policyRevision, decisionId } = revocation
           return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
         }
-        if (lease) {
-          held.set(lease.id, lease)
-          // A stream that was cut while this was decided holds nothing any more, and nobody will end it there.
-          if (over) letGo(lease)
-        }
+        if (lease) hold(lease)
         return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
       })
+    }
+
+    function hold(lease: Lease): void {
+      held.set(lease.id, lease)
+      // A stream that was cut while this was decided holds nothing any more, and nobody will end it there.
+      if (over) letGo([lease])
     }
 
     function close(ids: string[]): string[] {
@@ -168,12 +202,24 @@ export function createAuthorize(deps: AuthorizeDeps) {
       })
     }
 
-    /** The stream is over: its leases are closed with it, or taken back if its holder was thrown out. */
-    function letGo(lease: Lease): void {
-      held.delete(lease.id)
+    /** The stream is over: its leases wait for its device, are closed with it, or taken back if that was thrown out. */
+    function letGo(leases: Lease[]): void {
+      for (const lease of leases) held.delete(lease.id)
       const cut: unknown = call.signal.reason
-      if (cut instanceof Fault && cut.code === 'UNAUTHENTICATED') deps.leases.revoke(lease, [thrownOut(cut)])
-      else deps.leases.close(lease)
+      if (cut instanceof Fault && cut.code === 'UNAUTHENTICATED') {
+        for (const lease of leases) deps.leases.revoke(lease, [thrownOut(cut)])
+      } else if (lost) {
+        deps.leases.suspend(leases)
+      } else {
+        for (const lease of leases) deps.leases.close(lease)
+      }
+    }
+
+    /** Holds again what was held on a stream that was lost. */
+    async function resume(ids: string[]): Promise<Answer[]> {
+      bounded('resume.connection_ids', ids.length)
+      if (held.size + ids.length > leasesPerStreamMax) throw tooManyConnections()
+      return deps.resume(ids, { deviceId, call, push: revoked, moved, hold })
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
@@ -214,13 +260,26 @@ export function createAuthorize(deps: AuthorizeDeps) {
           send({ $case: 'closed', value: { connectionIds: close(kind.value.connectionIds) } })
         } else if (kind?.$case === 'list') {
           send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
+        } else if (kind?.$case === 'resume') {
+          const { connectionIds: ids } = kind.value
+          const answers = await resume(ids).catch(error =>
+            ids.map(id => ({ ...undecided('', error), connectionId: id })),
+          )
+          send({ $case: 'answers', value: { answers } })
+        } else if (kind?.$case === 'acknowledge') {
+          bounded('acknowledge.connection_ids', kind.value.connectionIds.length)
+          pushed.acknowledge(kind.value.connectionIds)
         } else {
-          throw invalidField('kind', 'has to be one of questions, renew, close, list')
+          throw invalidField('kind', 'has to be one of questions, renew, close, list, resume, acknowledge')
         }
       })
+    } catch (error) {
+      lost = error instanceof Fault && passing.has(error.code)
+      throw error
     } finally {
       over = true
-      for (const lease of [...held.values()]) letGo(lease)
+      pushed.end()
+      letGo([...held.values()])
     }
   }
 }
@@ -251,30 +310,28 @@ type DecidedAndLeased = Decided & { lease: Lease | undefined }
  * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
  * evaluated, it is decided again.
  */
-function decideAndLease(
-  deps: AuthorizeDeps,
+export function decideAndLease(
+  deps: Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>,
   question: AccessQuestion,
-  questionId: string,
-  push: (revocation: Revocation) => void,
+  known: Pick<Lease, 'questionId' | 'push' | 'moved'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>,
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
   function leaseIfAllowed({ verdict, ground }: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
     if (!verdict.allow) return { question, verdict, lease: undefined }
     if (!deps.facts.isCurrent(question, ground)) {
-      if (attempt < attemptsMax) return decideAndLease(deps, question, questionId, push, attempt + 1)
+      if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
       throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
         retryAfterMs: 100,
       })
     }
     const lease = deps.leases.grant({
-      questionId,
+      ...known,
       question,
       userId: ground.user.value?.id ?? '',
       serviceId: ground.service.value?.id ?? '',
       role: ground.user.value?.role ?? '',
       expiresAtMs: verdict.expiresAtMs,
       decisionId: '',
-      push,
     })
     return { question, verdict, lease }
   }
@@ -334,7 +391,7 @@ function bounded(field: string, length: number): void {
   if (length > questionsMax) throw invalidField(field, `has to have at most ${questionsMax} entries`)
 }
 
-function answerOf(questionId: string, verdict: Verdict, decisionId: string, connectionId: string): Answer {
+export function answerOf(questionId: string, verdict: Verdict, decisionId: string, connectionId: string): Answer {
   return {
     questionId,
     allowed: verdict.allow,
@@ -352,7 +409,7 @@ function answerOf(questionId: string, verdict: Verdict, decisionId: string, conn
  *
  * @throws what is not an outage but the caller's mistake, or a bug
  */
-function undecided(questionId: string, error: unknown): Answer {
+export function undecided(questionId: string, error: unknown): Answer {
   const fault = isDatabaseOutage(error) ? databaseUnavailable(error) : error
   if (!(fault instanceof Fault) || !passing.has(fault.code)) throw error
   const { reason: code, message } = fault
@@ -363,7 +420,7 @@ function undecided(questionId: string, error: unknown): Answer {
 }
 
 /** A denial that policy has no part in. */
-function denial(questionId: string, reason: PolicyReason): Answer {
+export function denial(questionId: string, reason: PolicyReason): Answer {
   return {
     questionId,
     allowed: false,
@@ -374,6 +431,11 @@ function denial(questionId: string, reason: PolicyReason): Answer {
     connectionId: '',
     retryAfter: undefined,
   }
+}
+
+function tooManyConnections(): Fault {
+  const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
+  return new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CONNECTIONS', message)
 }
 
 const notHeld: PolicyReason = {

@@ -74,6 +74,8 @@ export const Connection = defineEntity({
     endedAt: p.datetime().nullable(),
     endReasons: p.json<PolicyReason[]>().nullable(),
     decisionId: p.text(),
+    /** Its stream is gone: until when the device may resume it, by the database's clock. */
+    resumeBy: p.datetime().nullable(),
   },
 })
 export type Connection = InferEntity<typeof Connection>

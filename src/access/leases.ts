@@ -3,24 +3,30 @@
  *
  * A lease's life:
  *
- * - `active`: allowed. Decided anew when a fact that it rests on changes, when its verdict expires (health about to turn
- *   stale, closing time), and when the policy changes. Stays active if the answer is still yes.
+ * - `active`: allowed, and held on a stream. Decided anew when a fact that it rests on changes, when its verdict expires
+ *   (health about to turn stale, closing time), and when the policy changes. Stays active if the answer is still yes.
+ * - `suspended`: its stream is gone, and was not ended. It is decided anew like one that is active, and waits for its
+ *   device to resume it on another stream, for the grace time. `resume.ts` says how.
  * - `revoked`: the answer has become no, an operator closed it, its holder was thrown out, or this instance has been cut
  *   off from the facts for longer than the grace time. The holder is told at once; the record follows.
- * - `closed`: the holder ended it, or its stream did.
+ * - `closed`: the holder ended it, or ended its stream, or did not resume it in time.
+ * - `moved`: it was resumed on another stream, here or at another instance. It lives on there; this copy of it is over, and
+ *   leaves no trace on record.
  *
- * Both ends are final.
+ * Revoked and closed are ends of the connection, and final. Here so is moved: what comes back is another copy.
  */
 import { randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
 import type { JournalEntry } from '../audit/journal.ts'
-import type { JournalTable } from '../audit/journal-table.ts'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
+import { connectionEntry, departedConnections } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import type { PolicyEngine, PolicyReason } from './policy-engine.ts'
+
+export type LeaseState = 'active' | 'suspended' | 'revoked' | 'closed' | 'moved'
 
 export type Lease = {
   id: string
@@ -29,13 +35,17 @@ export type Lease = {
   userId: string
   serviceId: string
   role: string
-  state: 'active' | 'revoked' | 'closed'
+  state: LeaseState
   grantedAtMs: number
   /** When the verdict that it stands on expires. */
   expiresAtMs: number
   decisionId: string
+  /** While it is suspended: until when it can be resumed, by the database's clock, which claims go by. */
+  resumeBy: Date | undefined
   /** Tells the holder. */
   push: (revocation: Revocation) => void
+  /** The holder holds it no more, and needn't be told. */
+  moved: (lease: Lease) => void
 }
 
 export type Revocation = {
@@ -43,224 +53,315 @@ export type Revocation = {
   reasons: PolicyReason[]
   policyRevision: string
   decisionId: string
+  /** When its ground went, by this instance's clock; absent where that is not known. */
+  sinceMs: number | undefined
 }
 
+/** Those of a connection that is resumed are given; a new one gets its own. */
+type Granted = Omit<Lease, 'id' | 'state' | 'grantedAtMs' | 'resumeBy'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>
+
 export type Leases = {
-  /** From here on the lease is watched: before it is on record, so that no change falls between. */
-  grant(lease: Omit<Lease, 'id' | 'state' | 'grantedAtMs'>): Lease
-  /** It is taken back for something that policy has no part in. */
+  /**
+   * From here on the lease is watched: before it is on record, so that no change falls between. One with the same id that
+   * there is here has moved.
+   */
+  grant(lease: Granted): Lease
+  /** It is taken back for something that no change of its ground has shown. */
   revoke(lease: Lease, reasons: PolicyReason[]): void
   /** The holder ends it. @returns false when it had ended before */
   close(lease: Lease): boolean
-  /** The same, with its record left to the caller's batch. */
+  /**
+   * The holder is gone. At most `suspendedPerDeviceMax` of a device wait; beyond that those that have waited longest are closed.
+   *
+   * @param resumeByMs by the database's clock; default: for the grace time from now on
+   */
+  suspend(leases: Iterable<Lease>, resumeByMs?: number): void
+  /** It was never told to anybody, and its record is left to the caller's batch. */
   drop(lease: Lease): void
+  /** Looks up which of these connections have ended or moved elsewhere. @throws when the database can't be asked */
+  reconcile(ids: Iterable<string>, sinceMs?: number): Promise<void>
   activeByService(): Map<string, number>
+  suspended(): number
   stop(): void
 }
 
 export type LeasesOptions = {
-  decider: Decider
-  engine: PolicyEngine
-  feed: ChangeFeed
+  decider: Pick<Decider, 'decide'>
+  engine: Pick<PolicyEngine, 'revision' | 'onRevision'>
+  feed: Pick<ChangeFeed, 'onChange' | 'onReset' | 'lagMs' | 'databaseTimeMs'>
   pool: pg.Pool
   /** Writes what has happened: the ends of leases and the decisions that ended them. */
   record: (entries: JournalEntry[]) => void
   /** The decision row for a verdict that ended a lease, and its id. */
   decisionOf: (lease: Lease, verdict: Verdict) => { entry: JournalEntry; decisionId: string }
   instanceId: string
+  /** For how long a lease may be resumed, and for how long this instance may be cut off. */
   graceMs: number
   clock: Clock
   log: Log
-  onEnd: (lease: Lease) => void
+  /** It has been suspended, or has ended. */
+  onState: (lease: Lease) => void
 }
 
-/** How often leases are looked through for expired verdicts: about 5 ns a lease. */
+/** How often leases are looked through for what has expired: about 5 ns a lease. */
 const sweepMs = 200
 /** Leases decided anew at the same time: keeps a policy server's queue short. */
 const underWayMax = 64
 /** A lease that could not be decided is tried again after this long. */
 const retryMs = 500
+/** Leases of one device that wait to be resumed: as many as a stream may hold. */
+export const suspendedPerDeviceMax = 4_096
+/** Leases looked up in one statement. */
+const reconciledAtOnceMax = 5_000
 
-const connectionsTable: JournalTable = {
-  name: 'connections',
-  columns: [
-    { name: 'id', type: 'uuid' },
-    { name: 'device_id', type: 'text' },
-    { name: 'user_id', type: 'text' },
-    { name: 'service_id', type: 'text' },
-    { name: 'action', type: 'text' },
-    { name: 'instance_id', type: 'text' },
-    { name: 'status', type: 'text' },
-    { name: 'granted_at', type: 'timestamptz' },
-    { name: 'ended_at', type: 'timestamptz' },
-    { name: 'end_reasons', type: 'jsonb' },
-    { name: 'decision_id', type: 'text' },
-  ],
-  key: row => String(row[0]),
-  // A connection ends once: what came first stays.
-  onConflict: `on conflict (id) do update set status = excluded.status, ended_at = excluded.ended_at,
-    end_reasons = excluded.end_reasons where connections.status = 'active'`,
+const ways: Record<LeaseState, readonly LeaseState[]> = {
+  active: ['suspended', 'revoked', 'closed', 'moved'],
+  suspended: ['revoked', 'closed', 'moved'],
+  revoked: [],
+  closed: [],
+  moved: [],
 }
 
 export function createLeases(options: LeasesOptions): Leases {
-  const { decider, engine, feed, clock, log } = options
-  const active = new Set<Lease>()
-  const byDevice = new Map<string, Set<Lease>>()
-  const due = new Set<Lease>()
+  const { decider, engine, feed, clock, log, graceMs, instanceId } = options
+  /** Those that are active or suspended, by id. */
+  const watched = new Map<string, Lease>()
+  const byDevice = groups<Lease>()
+  /** By device, those that have waited longest first. */
+  const suspended = groups<Lease>()
+  /** To be decided anew, each with the moment since when it might not stand. */
+  const due = new Map<Lease, number | undefined>()
   let underWay = 0
 
-  function end(lease: Lease, state: 'revoked' | 'closed'): void {
+  const isWatched = ({ state }: Lease) => state === 'active' || state === 'suspended'
+
+  /** The one place in which a state changes. @returns false when there is no way there */
+  function become(lease: Lease, state: LeaseState): boolean {
+    if (!ways[lease.state].includes(state)) return false
+    const { deviceId } = lease.question
+    if (lease.state === 'suspended') suspended.remove(deviceId, lease)
     lease.state = state
-    active.delete(lease)
-    due.delete(lease)
-    const siblings = byDevice.get(lease.question.deviceId)
-    siblings?.delete(lease)
-    if (siblings?.size === 0) byDevice.delete(lease.question.deviceId)
-    options.onEnd(lease)
+    if (state === 'suspended') {
+      suspended.add(deviceId, lease)
+    } else {
+      watched.delete(lease.id)
+      due.delete(lease)
+      byDevice.remove(deviceId, lease)
+    }
+    if (state !== 'moved') options.onState(lease)
+    return true
   }
 
-  function revoke(
-    lease: Lease,
-    reasons: PolicyReason[],
-    policyRevision: string,
-    decision?: JournalEntry,
-    id = '',
-  ): void {
-    if (lease.state !== 'active') return
-    end(lease, 'revoked')
-    const decisionId = id || lease.decisionId
+  const entryOf = (lease: Lease, reasons: PolicyReason[] = []) => connectionEntry(lease, instanceId, clock(), reasons)
+
+  function revoke(lease: Lease, revocation: Omit<Revocation, 'lease'>, decision?: JournalEntry): void {
+    if (!become(lease, 'revoked')) return
     // Told first: a revocation needs nobody's leave, and must not wait for a database that may be away.
-    lease.push({ lease, reasons, policyRevision, decisionId })
-    const record = connectionEntry(lease, options.instanceId, clock(), reasons)
+    lease.push({ lease, ...revocation })
+    const record = entryOf(lease, revocation.reasons)
     options.record(decision ? [decision, record] : [record])
   }
 
-  async function decideAnew(lease: Lease): Promise<void> {
+  function takeBack(lease: Lease, reasons: PolicyReason[], sinceMs?: number): void {
+    revoke(lease, { reasons, policyRevision: engine.revision(), decisionId: lease.decisionId, sinceMs })
+  }
+
+  function move(lease: Lease): void {
+    if (become(lease, 'moved')) lease.moved(lease)
+  }
+
+  async function decideAnew(lease: Lease, sinceMs: number | undefined): Promise<void> {
     try {
-      const { verdict } = await decider.decide(lease.question)
-      if (lease.state !== 'active') return
+      const { verdict, ground } = await decider.decide(lease.question)
+      if (!isWatched(lease)) return
       if (verdict.allow) {
         lease.expiresAtMs = verdict.expiresAtMs
+        // The user may have another role by now, whose grants count from here on.
+        lease.role = ground.user.value?.role ?? ''
         return
       }
       const { entry, decisionId } = options.decisionOf(lease, verdict)
-      revoke(lease, verdict.reasons, verdict.policyRevision, entry, decisionId)
+      const { reasons, policyRevision } = verdict
+      revoke(lease, { reasons, policyRevision, decisionId, sinceMs }, entry)
     } catch (error) {
       if (!(error instanceof Fault)) log.warn({ err: error, lease: lease.id }, 'a lease could not be decided anew')
-      if (clock() - lease.expiresAtMs > options.graceMs) {
-        revoke(lease, [outOfTouch(options.graceMs)], engine.revision())
+      if (clock() - lease.expiresAtMs > graceMs) {
+        takeBack(lease, [outOfTouch(graceMs)])
         return
       }
-      setTimeout(() => enqueue([lease]), retryMs).unref()
+      setTimeout(() => enqueue([lease], sinceMs), retryMs).unref()
     }
   }
 
-  function enqueue(leases: Iterable<Lease>): void {
-    for (const lease of leases) if (lease.state === 'active') due.add(lease)
+  function enqueue(leases: Iterable<Lease>, sinceMs?: number): void {
+    for (const lease of leases) if (isWatched(lease)) due.set(lease, earliest(due.get(lease), sinceMs))
     work()
   }
 
   function work(): void {
-    for (const lease of due) {
+    for (const [lease, sinceMs] of due) {
       if (underWay >= underWayMax) return
       due.delete(lease)
       underWay++
-      decideAnew(lease).finally(() => {
+      decideAnew(lease, sinceMs).finally(() => {
         underWay--
         work()
       })
     }
   }
 
-  /** An operator has closed it: the row says why. */
-  async function closedByOperator(id: string): Promise<void> {
-    const lease = [...active].find(candidate => candidate.id === id)
-    if (!lease) return
-    const { rows } = await options.pool.query<{ status: string; end_reasons: PolicyReason[] | null }>(
-      'select status, end_reasons from connections where id = $1',
-      [id],
-    )
-    if (rows[0]?.status === 'revoked') revoke(lease, rows[0].end_reasons ?? [], engine.revision())
+  async function reconcile(ids: Iterable<string>, sinceMs?: number): Promise<void> {
+    const looked = new Map<string, Lease>()
+    for (const id of ids) {
+      const lease = watched.get(id)
+      if (lease) looked.set(id, lease)
+    }
+    const all = [...looked.keys()]
+    for (let at = 0; at < all.length; at += reconciledAtOnceMax) {
+      const departed = await departedConnections(options.pool, all.slice(at, at + reconciledAtOnceMax), instanceId)
+      for (const { id, status, endReasons } of departed) {
+        // A copy that has come since was not what was looked up.
+        const lease = looked.get(id) as Lease
+        if (status === 'active') move(lease)
+        else takeBack(lease, endReasons ?? [], sinceMs)
+      }
+    }
   }
 
-  feed.onChange(keys => {
+  function reconcileSoon(ids: Iterable<string>, sinceMs?: number): void {
+    reconcile(ids, sinceMs).catch(error => log.warn({ err: error }, 'connections can not be looked up'))
+  }
+
+  feed.onChange((keys, announcedAtMs) => {
+    const connections: string[] = []
     for (const key of keys) {
       const at = key.indexOf(':')
       const [kind, id] = [key.slice(0, at), key.slice(at + 1)]
-      if (kind === 'device') enqueue(byDevice.get(id) ?? [])
-      else if (kind === 'connection')
-        closedByOperator(id).catch(error => log.warn({ err: error }, 'can not read a connection'))
-      else if (kind === 'policy') enqueue(active)
-      else if (kind === 'user') enqueue([...active].filter(lease => lease.userId === id))
-      else if (kind === 'service') enqueue([...active].filter(lease => lease.serviceId === id))
-      else if (kind === 'grants') enqueue([...active].filter(lease => lease.role === id))
+      if (kind === 'device') enqueue(byDevice.of(id), announcedAtMs)
+      else if (kind === 'connection') connections.push(id)
+      else if (kind === 'policy') enqueue(watched.values(), announcedAtMs)
+      else if (kind === 'user')
+        enqueue(
+          those(lease => lease.userId === id),
+          announcedAtMs,
+        )
+      else if (kind === 'service')
+        enqueue(
+          those(lease => lease.serviceId === id),
+          announcedAtMs,
+        )
+      else if (kind === 'grants')
+        enqueue(
+          those(lease => lease.role === id),
+          announcedAtMs,
+        )
     }
+    if (connections.some(id => watched.has(id))) reconcileSoon(connections, announcedAtMs)
   })
-  feed.onReset(() => enqueue(active))
-  engine.onRevision(() => enqueue(active))
+  feed.onReset(() => {
+    enqueue(watched.values())
+    if (watched.size > 0) reconcileSoon(watched.keys())
+  })
+  engine.onRevision(() => enqueue(watched.values(), clock()))
+
+  const those = (which: (lease: Lease) => boolean) => [...watched.values()].filter(which)
+
+  function closeUnresumed(lease: Lease): void {
+    if (become(lease, 'closed')) options.record([entryOf(lease, [notResumed])])
+  }
 
   const sweeping = setInterval(() => {
     const now = clock()
-    if (feed.lagMs() > options.graceMs) {
-      for (const lease of [...active]) revoke(lease, [outOfTouch(options.graceMs)], engine.revision())
+    if (feed.lagMs() > graceMs) {
+      for (const lease of [...watched.values()]) takeBack(lease, [outOfTouch(graceMs)])
       return
     }
-    enqueue([...active].filter(lease => lease.expiresAtMs <= now))
+    const databaseNow = feed.databaseTimeMs(now)
+    for (const lease of suspended.all()) {
+      if (lease.resumeBy && lease.resumeBy.getTime() <= databaseNow) closeUnresumed(lease)
+    }
+    for (const lease of those(({ expiresAtMs }) => expiresAtMs <= now)) enqueue([lease], lease.expiresAtMs)
   }, sweepMs)
   sweeping.unref()
 
   return {
     grant(wanted) {
-      const lease: Lease = { ...wanted, id: randomUUIDv7(), state: 'active', grantedAtMs: clock() }
-      active.add(lease)
-      const siblings = byDevice.get(lease.question.deviceId)
-      if (siblings) siblings.add(lease)
-      else byDevice.set(lease.question.deviceId, new Set([lease]))
+      const before = wanted.id && watched.get(wanted.id)
+      if (before) move(before)
+      const [id, grantedAtMs] = [wanted.id ?? randomUUIDv7(), wanted.grantedAtMs ?? clock()]
+      const lease: Lease = { ...wanted, id, state: 'active', grantedAtMs, resumeBy: undefined }
+      watched.set(id, lease)
+      byDevice.add(lease.question.deviceId, lease)
       return lease
     },
-    revoke: (lease, reasons) => revoke(lease, reasons, engine.revision()),
+    revoke: (lease, reasons) => takeBack(lease, reasons),
     close(lease) {
-      if (lease.state !== 'active') return false
-      end(lease, 'closed')
-      options.record([connectionEntry(lease, options.instanceId, clock(), [])])
+      if (!become(lease, 'closed')) return false
+      options.record([entryOf(lease)])
       return true
     },
-    drop(lease) {
-      if (lease.state === 'active') end(lease, 'closed')
+    suspend(leases, resumeByMs = feed.databaseTimeMs(clock()) + graceMs) {
+      const entries: JournalEntry[] = []
+      for (const lease of leases) {
+        lease.resumeBy = new Date(resumeByMs)
+        if (!become(lease, 'suspended')) continue
+        // What belongs to the stream goes with it.
+        lease.push = nobody
+        lease.moved = nobody
+        entries.push(entryOf(lease))
+        const siblings = suspended.of(lease.question.deviceId)
+        const [longest] = siblings
+        if (siblings.size > suspendedPerDeviceMax && longest) closeUnresumed(longest)
+      }
+      if (entries.length > 0) options.record(entries)
     },
+    drop: lease => void become(lease, 'closed'),
+    reconcile,
     activeByService() {
       const counts = new Map<string, number>()
-      for (const lease of active) counts.set(lease.serviceId, (counts.get(lease.serviceId) ?? 0) + 1)
+      for (const { state, serviceId } of watched.values()) {
+        if (state === 'active') counts.set(serviceId, (counts.get(serviceId) ?? 0) + 1)
+      }
       return counts
     },
+    suspended: () => suspended.all().length,
     stop: () => clearInterval(sweeping),
   }
 }
 
-/** The row of a connection as it stands. */
-export function connectionEntry(
-  lease: Lease,
-  instanceId: string,
-  nowMs: number,
-  reasons: PolicyReason[],
-): JournalEntry {
-  const ended = lease.state !== 'active'
+function nobody(): void {}
+
+function earliest(one: number | undefined, other: number | undefined): number | undefined {
+  if (one === undefined || other === undefined) return one ?? other
+  return Math.min(one, other)
+}
+
+/** Sets by name; one that is empty is not kept. */
+function groups<T>() {
+  const sets = new Map<string, Set<T>>()
+  const none: ReadonlySet<T> = new Set()
   return {
-    table: connectionsTable,
-    row: [
-      lease.id,
-      lease.question.deviceId,
-      lease.userId,
-      lease.serviceId,
-      lease.question.action,
-      instanceId,
-      lease.state,
-      new Date(lease.grantedAtMs),
-      ended ? new Date(nowMs) : null,
-      ended ? JSON.stringify(reasons) : null,
-      lease.decisionId,
-    ],
+    add(name: string, member: T): void {
+      const set = sets.get(name)
+      if (set) set.add(member)
+      else sets.set(name, new Set([member]))
+    },
+    remove(name: string, member: T): void {
+      const set = sets.get(name)
+      set?.delete(member)
+      if (set?.size === 0) sets.delete(name)
+    },
+    of: (name: string): ReadonlySet<T> => sets.get(name) ?? none,
+    all: (): T[] => [...sets.values()].flatMap(set => [...set]),
   }
+}
+
+export const notResumed: PolicyReason = {
+  code: 'NOT_RESUMED',
+  field: 'connection.resume_by',
+  actual: 'not resumed',
+  required: 'resumed in time',
+  message: 'The stream that held the connection was lost, and the device did not resume it in time.',
 }
 
 function outOfTouch(graceMs: number): PolicyReason {

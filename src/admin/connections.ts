@@ -100,5 +100,6 @@ function connectionMessage(connection: Connection): ConnectionMessage {
     reasons: connection.endReasons ?? [],
     decisionId: connection.decisionId,
     instanceId: connection.instanceId,
+    resumeBy: (connection.status === 'active' && connection.resumeBy) || undefined,
   }
 }

@@ -51,6 +51,7 @@ Examples:
             status: connection => wordFor(ConnectionStatus, connection.status),
             granted: connection => connection.grantedAt,
             ended: connection => connection.endedAt,
+            'resume by': connection => connection.resumeBy,
             because: connection => connection.reasons.map(reason => reason.code).join(' '),
           },
           toJson: Connection.toJSON,

@@ -2,7 +2,9 @@
  * The change feed: what one instance learns takes effect on all of them.
  *
  * Who changes a fact calls `announce` inside the transaction that changes it; PostgreSQL delivers the keys to every
- * instance once that transaction has committed. A key is `<kind>:<id>`, such as `device:alpha`.
+ * instance once that transaction has committed. A key is `<kind>:<id>`, such as `device:alpha`. With the keys travels when
+ * they were announced, by the database's clock (`at:<ms>`). The clocks of instances differ, so each estimates from its
+ * ticks how far the database's is from its own, and hears of that moment in terms of its own.
  *
  * Each instance also sends itself a tick through the feed. Notifications arrive in the order of their commits, so a tick
  * that has come back proves that every change committed before it was sent has come too. States:
@@ -20,10 +22,12 @@ import type { Log } from '../telemetry/log.ts'
 import type { EntityManager } from './orm.ts'
 
 export type ChangeFeed = {
-  /** Keys that have changed, as they arrive. */
-  onChange(listener: (keys: string[]) => void): void
+  /** Keys that have changed, as they arrive. `announcedAtMs`: when, by this instance's clock; absent if that was not said. */
+  onChange(listener: (keys: string[], announcedAtMs?: number) => void): void
   /** Anything may have changed: drop all that is cached. */
   onReset(listener: () => void): void
+  /** What the database's clock shows when this instance's shows `ms`. */
+  databaseTimeMs(ms: number): number
   /** Age of the newest tick that has come back, in ms. */
   lagMs(): number
   isLive(): boolean
@@ -42,13 +46,24 @@ const reconnectMinMs = 100
 const reconnectMaxMs = 2_000
 /** PostgreSQL takes payloads under 8,000 bytes. */
 const payloadBytesMax = 7_000
+/** The clocks are compared by the quickest of so many ticks: two seconds of them. */
+const ticksCompared = 8
 
 /** Tells every instance that the facts behind `keys` have changed, if and when the transaction of `em` commits. */
 export async function announce(em: EntityManager, keys: string[]): Promise<void> {
-  for (const payload of announcements(keys)) await em.execute(`select pg_notify('${channel}', ?)`, [payload])
+  for (const payload of announcements(keys)) await em.execute(`select ${announcing('?')}`, [payload])
 }
 
-/** The same for a batch that goes through the pool: the payloads, to be passed to `pg_notify(channel, …)`. */
+/**
+ * What announces, for a statement of one's own: SQL to be selected.
+ *
+ * @param payload SQL that stands for one of `announcements`
+ */
+export function announcing(payload: string): string {
+  return `pg_notify('${channel}', 'at:' || round(extract(epoch from clock_timestamp()) * 1000, 3) || E'\\n' || ${payload})`
+}
+
+/** The same for a batch that goes through the pool: the payloads, each to be announced by `announcing`. */
 export function announcements(keys: string[]): string[] {
   const payloads: string[] = []
   let payload = ''
@@ -63,6 +78,15 @@ export function announcements(keys: string[]): string[] {
   return payloads
 }
 
+/** The keys of a payload, and when it was announced. A key `at:…` is none: versions before know of no moment. */
+export function readPayload(payload: string): { keys: string[]; announcedAtMs: number | undefined } {
+  const keys = payload.split('\n')
+  const [first = ''] = keys
+  if (!first.startsWith('at:')) return { keys, announcedAtMs: undefined }
+  const announcedAtMs = Number(first.slice('at:'.length))
+  return { keys: keys.slice(1), announcedAtMs: Number.isFinite(announcedAtMs) ? announcedAtMs : undefined }
+}
+
 export const changeChannel = channel
 
 /** Connects and listens; resolves when the first tick has come back. */
@@ -73,11 +97,12 @@ export async function startChangeFeed(options: {
   clock?: Clock
 }): Promise<ChangeFeed> {
   const clock = options.clock ?? systemClock
-  const changeListeners: ((keys: string[]) => void)[] = []
+  const changeListeners: ((keys: string[], announcedAtMs?: number) => void)[] = []
   const resetListeners: (() => void)[] = []
   const waiting = new Set<() => void>()
   const tickPrefix = `tick:${options.instanceId}:`
   let client: pg.Client | undefined
+  const databaseClock = compareClocks()
   let newestTickSentAt = 0
   /** Whether a tick has come back on the connection that there is now. */
   let isVouchedFor = false
@@ -98,8 +123,9 @@ export async function startChangeFeed(options: {
       }
       return
     }
-    const keys = payload.split('\n')
-    for (const listener of changeListeners) listener(keys)
+    const { keys, announcedAtMs } = readPayload(payload)
+    const at = announcedAtMs === undefined ? undefined : announcedAtMs - databaseClock.aheadMs()
+    for (const listener of changeListeners) listener(keys, at)
   }
 
   async function connect(): Promise<void> {
@@ -160,7 +186,12 @@ export async function startChangeFeed(options: {
   }
 
   async function tick(on: pg.Client): Promise<void> {
-    await on.query(`select pg_notify('${channel}', $1)`, [`${tickPrefix}${clock()}`])
+    const sentAtMs = clock()
+    const { rows } = await on.query<{ ms: number }>(
+      `select pg_notify('${channel}', $1), (extract(epoch from clock_timestamp()) * 1000)::float8 as ms`,
+      [`${tickPrefix}${sentAtMs}`],
+    )
+    databaseClock.compare(sentAtMs, rows[0]?.ms ?? Number.NaN, clock())
   }
 
   await connect()
@@ -173,6 +204,7 @@ export async function startChangeFeed(options: {
   const feed: ChangeFeed = {
     onChange: listener => void changeListeners.push(listener),
     onReset: listener => void resetListeners.push(listener),
+    databaseTimeMs: ms => ms + databaseClock.aheadMs(),
     lagMs: () => clock() - newestTickSentAt,
     isLive,
     caughtUp() {
@@ -202,4 +234,28 @@ export async function startChangeFeed(options: {
   }
   await feed.caughtUp()
   return feed
+}
+
+/**
+ * How far another clock is ahead of ours: it was asked at some moment between sending and receiving, so half of what lies
+ * between is the most by which the middle of both is wrong. The quickest answer of the last few counts.
+ */
+export function compareClocks(): {
+  compare(sentAtMs: number, theirsMs: number, receivedAtMs: number): void
+  aheadMs(): number
+} {
+  const compared: { tookMs: number; aheadMs: number }[] = []
+  let aheadMs = 0
+  return {
+    compare(sentAtMs, theirsMs, receivedAtMs) {
+      const tookMs = receivedAtMs - sentAtMs
+      // Ours was set back meanwhile.
+      if (tookMs < 0 || !Number.isFinite(theirsMs)) return
+      compared.push({ tookMs, aheadMs: theirsMs - (sentAtMs + receivedAtMs) / 2 })
+      if (compared.length > ticksCompared) compared.shift()
+      const quickest = compared.reduce((best, next) => (next.tookMs < best.tookMs ? next : best))
+      aheadMs = quickest.aheadMs
+    },
+    aheadMs: () => aheadMs,
+  }
 }

@@ -12,6 +12,7 @@ import { Fault } from '../fault.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
 import { AuditSeals } from './migrations/0003-audit-seals.ts'
+import { LeaseResume } from './migrations/0004-lease-resume.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -73,6 +74,7 @@ export async function openDatabase(options: {
         { name: '0001-first', class: FirstSchema },
         { name: '0002-identity-life', class: IdentityLife },
         { name: '0003-audit-seals', class: AuditSeals },
+        { name: '0004-lease-resume', class: LeaseResume },
       ],
     },
     logger: () => {},

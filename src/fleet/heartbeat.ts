@@ -49,7 +49,7 @@ export type DeviceStatus = { status: string; reason: string }
 
 export type Heartbeats = {
   serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void>
-  /** Asks every device to open its stream elsewhere, spread over `spreadMs` so that they don't arrive at once. */
+  /** Asks every device, also those that come later, to open its stream elsewhere, spread over `spreadMs` so that they don't arrive at once. */
   askToReconnect(spreadMs: number): void
   /**
    * The authorities have changed: every device hears of the roots to trust now, and those whose certificates are another
@@ -91,6 +91,8 @@ type Said = {
 
 export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   const streams = new Set<OpenStream>()
+  /** Once devices have been asked to go: who comes yet is asked too. */
+  let leavingMs: number | undefined
   const byDevice = new Map<string, Set<OpenStream>>()
 
   async function serve(stream: MessageStream<HeartbeatRequest, HeartbeatResponse>, call: Call): Promise<void> {
@@ -103,6 +105,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     streams.add(open)
     const ofDevice = byDevice.get(caller.id) ?? new Set()
     byDevice.set(caller.id, ofDevice.add(open))
+    if (leavingMs !== undefined) askToLeave(open, leavingMs)
     try {
       await stream.receive(async request => {
         await deps.limit(caller.id)
@@ -130,6 +133,11 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       ofDevice.delete(open)
       if (ofDevice.size === 0 && byDevice.get(caller.id) === ofDevice) byDevice.delete(caller.id)
     }
+  }
+
+  function askToLeave(open: OpenStream, spreadMs: number): void {
+    const delay = durationOf(deps.random() * spreadMs)
+    push(open, [{ kind: { $case: 'reconnect', value: { delay } } }])
   }
 
   /** Takes a message into what the stream has said. @throws Fault INVALID_ARGUMENT that names the field */
@@ -229,10 +237,8 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
   return {
     serve,
     askToReconnect(spreadMs) {
-      for (const open of streams) {
-        const delay = durationOf(deps.random() * spreadMs)
-        push(open, [{ kind: { $case: 'reconnect', value: { delay } } }])
-      }
+      leavingMs = spreadMs
+      for (const open of streams) askToLeave(open, spreadMs)
     },
     async tellAuthorities() {
       const trustBundle = deps.trustBundle()

@@ -6,7 +6,7 @@
  * is refused, not forgotten.
  */
 import type pg from 'pg'
-import { announcements, changeChannel } from '../db/change-feed.ts'
+import { announcements, announcing } from '../db/change-feed.ts'
 import { isDatabaseOutage } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
@@ -75,7 +75,7 @@ const writeReports = `
     from unnest($9::text[], $10::bigint[], $11::text[], $12::timestamptz[], $13::timestamptz[])
       as t(device_id, sequence, posture, measured_at, received_at)
   )
-  select pg_notify('${changeChannel}', payload) from unnest($14::text[]) as payload`
+  select ${announcing('payload')} from unnest($14::text[]) as payload`
 
 export function startReportWriter(options: {
   pool: pg.Pool

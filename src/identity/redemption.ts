@@ -14,7 +14,7 @@ import type pg from 'pg'
 import { callEntry } from '../audit/journal.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
-import { changeChannel } from '../db/change-feed.ts'
+import { announcing } from '../db/change-feed.ts'
 import { inTransaction } from '../db/transaction.ts'
 import { Fault, invalidField } from '../fault.ts'
 import type { CheckedCsr } from './csr.ts'
@@ -169,7 +169,7 @@ const writeRedemption = {
         (at, id, actor, method, target, source_address, code, reason, detail, instance_id, mac)
       values ($15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25)
     )
-    select pg_notify('${changeChannel}', $14)`,
+    select ${announcing('$14::text')}`,
 }
 
 type DeviceRow = {

@@ -448,10 +448,13 @@ function messageStream(
         if (finishing) return fail(finishing)
         call.signal.addEventListener('abort', () => fail(call.signal.reason), { once: true })
         grpcCall.on('error', fail)
-        grpcCall.on('end', () => {
-          ended = true
-          if (underWay === 0) resolve()
-        })
+        // A stream that is lost ends too; that it was cancelled is told later, but in the same turn of the event loop.
+        grpcCall.on('end', () =>
+          setImmediate(() => {
+            ended = true
+            if (underWay === 0) resolve()
+          }),
+        )
         grpcCall.on('data', message => {
           if (failed || finishing) return
           underWay++

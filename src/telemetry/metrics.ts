@@ -38,6 +38,10 @@ export type Metrics = {
   refusedConnection(why: string): void
   /** A batch of audit rows has been committed. */
   auditCommit(rows: number, seconds: number): void
+  /** A revocation has been pushed, so many seconds after its ground went. */
+  revocationPush(seconds: number): void
+  /** The device has acknowledged it. */
+  revocationAcknowledged(seconds: number): void
   /** Adds sources that are read at each scrape. Without a source there is no series. */
   observe(sources: Partial<MetricSources>): void
   /** Answers a scrape. */
@@ -53,6 +57,10 @@ export type MetricSources = {
   clocks: () => { wrong: number; offsetMsMax: number }
   /** By service. */
   connectionsActive: () => ReadonlyMap<string, number>
+  /** Whose stream is gone, and which wait to be resumed. */
+  connectionsSuspended: () => number
+  /** Pushed to devices that have not acknowledged them. */
+  revocationsUnacknowledged: () => number
   /** By method. */
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
@@ -74,6 +82,8 @@ const DECISION_SECONDS = [
   0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 ]
 const COMMIT_SECONDS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+const REVOCATION_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
 const EVENT_LOOP_RESOLUTION_MS = 10
 
@@ -117,6 +127,14 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     description: 'Time to commit a batch of audit rows',
     advice: { explicitBucketBoundaries: COMMIT_SECONDS },
   })
+  const revocationPushSeconds = meter.createHistogram('edgemesh_revocation_push_seconds', {
+    description: 'Time from the commit that took the ground of a connection, or its expiry, to the push to its device',
+    advice: { explicitBucketBoundaries: REVOCATION_SECONDS },
+  })
+  const revocationAcknowledgedSeconds = meter.createHistogram('edgemesh_revocation_acknowledged_seconds', {
+    description: 'The same to the acknowledgement by its device',
+    advice: { explicitBucketBoundaries: REVOCATION_SECONDS },
+  })
   // Series that alerts compute rates of exist from the start, or their first increase would go unseen.
   decisions(0, 'allow')
   decisions(0, 'deny')
@@ -147,6 +165,8 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
       auditRows(rows)
       commitSeconds.record(seconds)
     },
+    revocationPush: seconds => revocationPushSeconds.record(seconds),
+    revocationAcknowledged: seconds => revocationAcknowledgedSeconds.record(seconds),
     observe: sources => observeSources(meter, sources),
     handler: (request, response) => exporter.getMetricsRequestHandler(request, response),
     async stop() {
@@ -207,6 +227,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
+  const { connectionsSuspended, revocationsUnacknowledged } = sources
   const { pool, decisionCache, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
@@ -234,6 +255,16 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   }
   if (connectionsActive) {
     gauge('edgemesh_connections_active', 'Connections open now', each('service', connectionsActive))
+  }
+  if (connectionsSuspended) {
+    gauge('edgemesh_connections_suspended', 'Connections that wait to be resumed', result =>
+      result.observe(connectionsSuspended()),
+    )
+  }
+  if (revocationsUnacknowledged) {
+    gauge('edgemesh_revocations_unacknowledged', 'Revocations pushed and not acknowledged', result =>
+      result.observe(revocationsUnacknowledged()),
+    )
   }
   if (streamsOpen) {
     gauge('edgemesh_streams_open', 'Streams open now', each('method', streamsOpen))

@@ -5,7 +5,7 @@ import { type DirectiveKind, openHeartbeats } from '../../src/agent/heartbeat-st
 import {
   Answer,
   type AuthorizeRequest,
-  type AuthorizeResponse,
+  AuthorizeResponse,
   AuthorizeServiceService,
   type Question,
 } from '../../src/gen/edgemesh/v1/authorize.ts'
@@ -77,7 +77,7 @@ const allowed = ({ id }: Question): Answer =>
 
 /** Allows everything, the last question first; what is renewed is denied when its id says so. */
 function lenient(call: AuthorizeCall): void {
-  const send = (kind: NonNullable<AuthorizeResponse['kind']>) => call.write({ kind, serverTime: new Date() })
+  const send = (kind: NonNullable<AuthorizeResponse['kind']>) => call.write(AuthorizeResponse.fromPartial({ kind }))
   call.on('data', ({ kind }) => {
     if (kind?.$case === 'questions') {
       for (const question of kind.value.questions.toReversed()) {
@@ -136,9 +136,9 @@ test('a lease that is taken back is told at once', async t => {
     call.on('data', ({ kind }) => {
       if (kind?.$case !== 'questions') return
       const answers = kind.value.questions.map(allowed)
-      call.write({ kind: { $case: 'answers', value: { answers } }, serverTime: new Date() })
+      call.write(AuthorizeResponse.fromPartial({ kind: { $case: 'answers', value: { answers } } }))
       const taken = { connectionId: 'c-q', questionId: 'q', reasons: [], policyRevision: '1', decisionId: 'd' }
-      call.write({ kind: { $case: 'revoked', value: taken }, serverTime: new Date() })
+      call.write(AuthorizeResponse.fromPartial({ kind: { $case: 'revoked', value: taken } }))
     })
     call.on('end', () => call.end())
   })

@@ -21,6 +21,8 @@ export type EchoStarted = { port: number; rootsPem: string; certificatePem: stri
 
 const validityMs = 3_600_000
 
+const noResume = { resumeWithin: undefined }
+
 /** What is sent back for every question, but for its id. Set by the parent: an answer that the real server has given. */
 let answer: Answer | undefined
 
@@ -37,9 +39,9 @@ server.addService(AuthorizeServiceService, {
     stream.on('data', ({ kind }) => {
       if (kind?.$case === 'questions') {
         const answers = kind.value.questions.map(({ id }) => answerTo(id))
-        stream.write({ kind: { $case: 'answers', value: { answers } }, serverTime: new Date() })
+        stream.write({ kind: { $case: 'answers', value: { answers } }, ...noResume, serverTime: new Date() })
       } else if (kind?.$case === 'close') {
-        stream.write({ kind: { $case: 'closed', value: kind.value }, serverTime: new Date() })
+        stream.write({ kind: { $case: 'closed', value: kind.value }, ...noResume, serverTime: new Date() })
       }
     })
     stream.on('end', () => stream.end())

@@ -63,6 +63,8 @@ export type AuthorizeClient = {
   revoked: ConnectionRevoked[]
   /** Waits for the revocation of a connection. */
   revocationOf(connectionId: string): Promise<ConnectionRevoked>
+  /** Asks to hold connections of another stream here; the answers in the order of the ids. */
+  resume(connectionIds: string[]): Promise<Answer[]>
   ended: Promise<Refusal | undefined>
   end(): void
 }
@@ -100,6 +102,20 @@ export function authorizations(
     },
     revocationOf: id =>
       eventually(`the revocation of ${id}`, () => revoked.find(revocation => revocation.connectionId === id)),
+    async resume(connectionIds) {
+      const before = responses.length
+      stream.write({ kind: { $case: 'resume', value: { connectionIds } } })
+      const failed = ended.then(end => {
+        throw new Error(`the authorize stream ended: ${JSON.stringify(end)}`)
+      })
+      const answered = eventually(`the answer to the resumption of ${connectionIds}`, () =>
+        responses
+          .slice(before)
+          .map(({ kind }) => (kind?.$case === 'answers' ? kind.value.answers : []))
+          .find(({ length }) => length === connectionIds.length),
+      )
+      return Promise.race([answered, failed])
+    },
     end: () => stream.end(),
   }
 }

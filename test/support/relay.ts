@@ -40,6 +40,53 @@ export async function relay(t: ExecutionContext, port: number, options: RelayOpt
   return (server.address() as AddressInfo).port
 }
 
+export type Link = {
+  /** The port to connect to. */
+  port: number
+  /** Where new connections lead from now on. */
+  leadTo(port: number): void
+  /** Breaks all connections that there are: nobody says goodbye. */
+  cut(): void
+}
+
+/** A way to servers that breaks, or leads elsewhere, when a test says so. */
+export async function link(t: Pick<ExecutionContext, 'teardown'>, port: number): Promise<Link> {
+  let target = port
+  const sockets = new Set<Socket>()
+  const cut = () => {
+    for (const socket of sockets) socket.destroy()
+  }
+  const server = createServer(near => {
+    const far = connect({ port: target, host: '127.0.0.1' }).setNoDelay(true)
+    for (const [socket, other] of [
+      [near, far],
+      [far, near],
+    ] as const) {
+      sockets.add(socket)
+      socket
+        .on('error', () => {})
+        .on('close', () => {
+          sockets.delete(socket)
+          other.destroy()
+        })
+    }
+    near.pipe(far).pipe(near)
+  })
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => {
+    server.close()
+    cut()
+  })
+  return {
+    port: (server.address() as AddressInfo).port,
+    leadTo(port) {
+      target = port
+    },
+    cut,
+  }
+}
+
 /** Whether there is an `haproxy` on the path. */
 export function hasHaproxy(): boolean {
   try {

@@ -133,10 +133,11 @@ test.serial('an instance that stops says so, acknowledges what it was told, and 
   const { rows } = await mesh.pool.query('select max(sequence)::int as last from health_reports')
   t.is(rows[0].last, acknowledged)
   for (const seen of watched) t.deepEqual(seen.slice(0, 2), [serving, notServing])
-  const { rows: connections } = await mesh.pool.query('select status from connections where id = $1', [
-    allowed.connectionId,
-  ])
-  t.deepEqual(connections, [{ status: 'closed' }])
+  const { rows: connections } = await mesh.pool.query(
+    'select status, resume_by > now() as waits from connections where id = $1',
+    [allowed.connectionId],
+  )
+  t.deepEqual(connections, [{ status: 'active', waits: true }], 'what it held waits to be resumed')
   const { rows: ends } = await mesh.pool.query(
     "select method, reason from audit_events where code = 'UNAVAILABLE' and reason = 'DRAINING' order by method",
   )

@@ -607,6 +607,8 @@ export interface Connection {
   reasons: Reason[];
   decisionId: string;
   instanceId: string;
+  /** The stream that held it is gone: until when the device may resume it, else it is closed. */
+  resumeBy: Date | undefined;
 }
 
 export interface ListConnectionsRequest {
@@ -6324,6 +6326,7 @@ function createBaseConnection(): Connection {
     reasons: [],
     decisionId: "",
     instanceId: "",
+    resumeBy: undefined,
   };
 }
 
@@ -6361,6 +6364,9 @@ export const Connection: MessageFns<Connection> = {
     }
     if (message.instanceId !== "") {
       writer.uint32(90).string(message.instanceId);
+    }
+    if (message.resumeBy !== undefined) {
+      Timestamp.encode(toTimestamp(message.resumeBy), writer.uint32(98).fork()).join();
     }
     return writer;
   },
@@ -6466,6 +6472,14 @@ export const Connection: MessageFns<Connection> = {
             message.instanceId = reader.string();
             continue;
           }
+          case 12: {
+            if (tag !== 98) {
+              break;
+            }
+
+            message.resumeBy = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -6513,6 +6527,9 @@ export const Connection: MessageFns<Connection> = {
     if (message.instanceId !== "") {
       obj.instanceId = message.instanceId;
     }
+    if (message.resumeBy !== undefined) {
+      obj.resumeBy = message.resumeBy.toISOString();
+    }
     return obj;
   },
 
@@ -6532,6 +6549,7 @@ export const Connection: MessageFns<Connection> = {
     message.reasons = object.reasons?.map((e) => Reason.fromPartial(e)) || [];
     message.decisionId = object.decisionId ?? "";
     message.instanceId = object.instanceId ?? "";
+    message.resumeBy = object.resumeBy ?? undefined;
     return message;
   },
 };

@@ -54,7 +54,7 @@ export interface Answer {
     | undefined;
   /** The audit log holds the decision under this id. */
   decisionId: string;
-  /** The lease, on Authorize streams: in answers to questions when allowed, in answers to a renewal always. */
+  /** The lease, on Authorize streams: in answers to questions when allowed, in answers to a renewal and to a resumption always. */
   connectionId: string;
   /** Set when the question could not be decided: how long to wait before asking again. */
   retryAfter: Duration | undefined;
@@ -87,6 +87,12 @@ export interface AuthorizeRequest {
     | //
     /** Which leases does this stream hold? */
     { $case: "list"; value: ListConnections }
+    | //
+    /** Hold leases of a stream that was lost: answered as if asked anew, one answer an id. */
+    { $case: "resume"; value: ResumeConnections }
+    | //
+    /** Connections that were revoked have ended. There is no answer. */
+    { $case: "acknowledge"; value: AcknowledgeRevocations }
     | undefined;
 }
 
@@ -108,6 +114,24 @@ export interface CloseConnections {
 export interface ListConnections {
 }
 
+/**
+ * Of any instance, also while the stream that was lost still looks open there: from then on it holds them no more.
+ *
+ * One that was taken back meanwhile is denied with the reasons for that; one that has ended, that is another device's or
+ * that was resumed too late, with CONNECTION_NOT_HELD. An answer with retry_after says that it goes on waiting, for as long
+ * as it would have.
+ */
+export interface ResumeConnections {
+  /** 128 at most. */
+  connectionIds: string[];
+}
+
+/** To be sent when the connections have been ended. Ids that were not pushed on this stream are ignored. */
+export interface AcknowledgeRevocations {
+  /** 128 at most. */
+  connectionIds: string[];
+}
+
 export interface AuthorizeResponse {
   kind:
     | { $case: "answers"; value: Answers }
@@ -115,7 +139,14 @@ export interface AuthorizeResponse {
     | { $case: "closed"; value: ConnectionsClosed }
     | { $case: "connections"; value: OpenConnections }
     | undefined;
-  serverTime: Date | undefined;
+  serverTime:
+    | Date
+    | undefined;
+  /**
+   * In the first message of a stream: for how long its leases can be resumed once it is lost. A server that does not say it
+   * takes neither ResumeConnections nor AcknowledgeRevocations.
+   */
+  resumeWithin: Duration | undefined;
 }
 
 export interface Answers {
@@ -125,6 +156,7 @@ export interface Answers {
 /** The ground of a lease has gone: end the connection now. */
 export interface ConnectionRevoked {
   connectionId: string;
+  /** Empty for one that was resumed. */
   questionId: string;
   reasons: Reason[];
   policyRevision: string;
@@ -615,6 +647,12 @@ export const AuthorizeRequest: MessageFns<AuthorizeRequest> = {
       case "list":
         ListConnections.encode(message.kind.value, writer.uint32(34).fork()).join();
         break;
+      case "resume":
+        ResumeConnections.encode(message.kind.value, writer.uint32(42).fork()).join();
+        break;
+      case "acknowledge":
+        AcknowledgeRevocations.encode(message.kind.value, writer.uint32(50).fork()).join();
+        break;
     }
     return writer;
   },
@@ -664,6 +702,22 @@ export const AuthorizeRequest: MessageFns<AuthorizeRequest> = {
             message.kind = { $case: "list", value: ListConnections.decode(reader, reader.uint32()) };
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.kind = { $case: "resume", value: ResumeConnections.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.kind = { $case: "acknowledge", value: AcknowledgeRevocations.decode(reader, reader.uint32()) };
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -686,6 +740,10 @@ export const AuthorizeRequest: MessageFns<AuthorizeRequest> = {
       obj.close = CloseConnections.toJSON(message.kind.value);
     } else if (message.kind?.$case === "list") {
       obj.list = ListConnections.toJSON(message.kind.value);
+    } else if (message.kind?.$case === "resume") {
+      obj.resume = ResumeConnections.toJSON(message.kind.value);
+    } else if (message.kind?.$case === "acknowledge") {
+      obj.acknowledge = AcknowledgeRevocations.toJSON(message.kind.value);
     }
     return obj;
   },
@@ -717,6 +775,18 @@ export const AuthorizeRequest: MessageFns<AuthorizeRequest> = {
       case "list": {
         if (object.kind?.value !== undefined && object.kind?.value !== null) {
           message.kind = { $case: "list", value: ListConnections.fromPartial(object.kind.value) };
+        }
+        break;
+      }
+      case "resume": {
+        if (object.kind?.value !== undefined && object.kind?.value !== null) {
+          message.kind = { $case: "resume", value: ResumeConnections.fromPartial(object.kind.value) };
+        }
+        break;
+      }
+      case "acknowledge": {
+        if (object.kind?.value !== undefined && object.kind?.value !== null) {
+          message.kind = { $case: "acknowledge", value: AcknowledgeRevocations.fromPartial(object.kind.value) };
         }
         break;
       }
@@ -962,8 +1032,134 @@ export const ListConnections: MessageFns<ListConnections> = {
   },
 };
 
+function createBaseResumeConnections(): ResumeConnections {
+  return { connectionIds: [] };
+}
+
+export const ResumeConnections: MessageFns<ResumeConnections> = {
+  encode(message: ResumeConnections, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.connectionIds) {
+      writer.uint32(10).string(v!);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ResumeConnections {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseResumeConnections();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.connectionIds.push(reader.string());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ResumeConnections): unknown {
+    const obj: any = {};
+    if (message.connectionIds?.length) {
+      obj.connectionIds = message.connectionIds;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ResumeConnections>, I>>(base?: I): ResumeConnections {
+    return ResumeConnections.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ResumeConnections>, I>>(object: I): ResumeConnections {
+    const message = createBaseResumeConnections();
+    message.connectionIds = object.connectionIds?.map((e) => e) || [];
+    return message;
+  },
+};
+
+function createBaseAcknowledgeRevocations(): AcknowledgeRevocations {
+  return { connectionIds: [] };
+}
+
+export const AcknowledgeRevocations: MessageFns<AcknowledgeRevocations> = {
+  encode(message: AcknowledgeRevocations, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.connectionIds) {
+      writer.uint32(10).string(v!);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): AcknowledgeRevocations {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseAcknowledgeRevocations();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.connectionIds.push(reader.string());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: AcknowledgeRevocations): unknown {
+    const obj: any = {};
+    if (message.connectionIds?.length) {
+      obj.connectionIds = message.connectionIds;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<AcknowledgeRevocations>, I>>(base?: I): AcknowledgeRevocations {
+    return AcknowledgeRevocations.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<AcknowledgeRevocations>, I>>(object: I): AcknowledgeRevocations {
+    const message = createBaseAcknowledgeRevocations();
+    message.connectionIds = object.connectionIds?.map((e) => e) || [];
+    return message;
+  },
+};
+
 function createBaseAuthorizeResponse(): AuthorizeResponse {
-  return { kind: undefined, serverTime: undefined };
+  return { kind: undefined, serverTime: undefined, resumeWithin: undefined };
 }
 
 export const AuthorizeResponse: MessageFns<AuthorizeResponse> = {
@@ -984,6 +1180,9 @@ export const AuthorizeResponse: MessageFns<AuthorizeResponse> = {
     }
     if (message.serverTime !== undefined) {
       Timestamp.encode(toTimestamp(message.serverTime), writer.uint32(42).fork()).join();
+    }
+    if (message.resumeWithin !== undefined) {
+      Duration.encode(message.resumeWithin, writer.uint32(50).fork()).join();
     }
     return writer;
   },
@@ -1041,6 +1240,14 @@ export const AuthorizeResponse: MessageFns<AuthorizeResponse> = {
             message.serverTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.resumeWithin = Duration.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1066,6 +1273,9 @@ export const AuthorizeResponse: MessageFns<AuthorizeResponse> = {
     }
     if (message.serverTime !== undefined) {
       obj.serverTime = message.serverTime.toISOString();
+    }
+    if (message.resumeWithin !== undefined) {
+      obj.resumeWithin = Duration.toJSON(message.resumeWithin);
     }
     return obj;
   },
@@ -1102,6 +1312,9 @@ export const AuthorizeResponse: MessageFns<AuthorizeResponse> = {
       }
     }
     message.serverTime = object.serverTime ?? undefined;
+    message.resumeWithin = (object.resumeWithin !== undefined && object.resumeWithin !== null)
+      ? Duration.fromPartial(object.resumeWithin)
+      : undefined;
     return message;
   },
 };
@@ -1596,7 +1809,8 @@ export const AuthorizeServiceService = {
    * Many questions, many in flight; answers carry the question's id and may come out of order. Devices only.
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
-   * Ending the stream closes its leases.
+   * Ending the stream closes its leases. One that is lost, or ended by an instance that stops (DRAINING), leaves them
+   * waiting for resume_within: the device may resume them on another stream, of any instance.
    *
    * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
    * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.
@@ -1619,7 +1833,8 @@ export interface AuthorizeServiceServer extends UntypedServiceImplementation {
    * Many questions, many in flight; answers carry the question's id and may come out of order. Devices only.
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
-   * Ending the stream closes its leases.
+   * Ending the stream closes its leases. One that is lost, or ended by an instance that stops (DRAINING), leaves them
+   * waiting for resume_within: the device may resume them on another stream, of any instance.
    *
    * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
    * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.
@@ -1648,7 +1863,8 @@ export interface AuthorizeServiceClient extends Client {
    * Many questions, many in flight; answers carry the question's id and may come out of order. Devices only.
    *
    * An allowed connection is a lease held on this stream. When its ground goes, the server pushes ConnectionRevoked.
-   * Ending the stream closes its leases.
+   * Ending the stream closes its leases. One that is lost, or ended by an instance that stops (DRAINING), leaves them
+   * waiting for resume_within: the device may resume them on another stream, of any instance.
    *
    * What can't be decided now (policy, facts or audit log unavailable, too many questions) is denied with the reason of
    * the outage, such as POLICY_UNAVAILABLE, with retry_after and without a decision_id; the stream and its leases go on.

@@ -1,0 +1,163 @@
+/**
+ * Resuming: a device whose stream was lost holds its connections on another one, of any instance.
+ *
+ * A message's life: limit → the connections become this instance's, on record → each is decided anew, and watched from
+ * here on → audit → are they still this instance's? → answer. What can't be decided now goes on waiting, here, for
+ * as long as it would have where it was.
+ */
+import type { Journal } from '../audit/journal.ts'
+import { callerName } from '../caller.ts'
+import type { Answer } from '../gen/edgemesh/v1/authorize.ts'
+import {
+  type AuthorizeDeps,
+  answerOf,
+  decideAndLease,
+  decisionEntry,
+  denial,
+  type Resume,
+  type ResumingStream,
+  undecided,
+} from './authorize.ts'
+import { type Claim, connectionEntry } from './connection-records.ts'
+import type { AccessQuestion, Verdict } from './decide.ts'
+import type { Lease, Leases, Revocation } from './leases.ts'
+import type { PolicyReason } from './policy-engine.ts'
+
+export type ResumeDeps = Pick<
+  AuthorizeDeps,
+  'facts' | 'decider' | 'instanceId' | 'clock' | 'limit' | 'onDecision' | 'onConnection'
+> & {
+  leases: Leases
+  journal: Journal
+  /** @throws when the database can't be asked */
+  claim: (ids: string[], deviceId: string) => Promise<Map<string, Claim>>
+}
+
+const uuidPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/
+
+/** What has become of a connection that was claimed. */
+type Decided = { claim: Claim; question: AccessQuestion; lease: Lease; verdict: Verdict }
+
+export function createResume(deps: ResumeDeps): Resume {
+  const { leases, journal, instanceId, clock } = deps
+
+  return async (ids, stream) => {
+    const { call, deviceId } = stream
+    const startedAt = performance.now()
+    await deps.limit(callerName(call.caller), ids.length)
+
+    // Step 1: They are this instance's, and no other's. Where they were it is noticed by the change feed.
+    const distinct = [...new Set(ids)].filter(id => uuidPattern.test(id))
+    const claims = await deps.claim(distinct, deviceId)
+    const answers = new Map<string, Answer>()
+    const claimed: Claim[] = []
+    for (const id of ids) {
+      const claim = claims.get(id)
+      if (!claim?.claimed) answers.set(id, denialOf(id, claim))
+      else if (!claimed.includes(claim)) claimed.push(claim)
+    }
+
+    // Step 2: Decided anew, and watched. From here on a lease that is not told of turns into a denial.
+    const revocations = new Map<string, Revocation>()
+    const push = (revocation: Revocation) => {
+      revocations.set(revocation.lease.id, revocation)
+      stream.push(revocation)
+    }
+    const outcomes = await Promise.allSettled(claimed.map(claim => decide(claim, stream, push)))
+    const decided = outcomes.flatMap(outcome => (outcome.status === 'fulfilled' ? [outcome.value] : []))
+    outcomes.forEach((outcome, at) => {
+      if (outcome.status === 'rejected') waitHere(claimed[at] as Claim, deviceId)
+    })
+
+    try {
+      outcomes.forEach((outcome, at) => {
+        const { id } = claimed[at] as Claim
+        if (outcome.status === 'rejected') answers.set(id, { ...undecided('', outcome.reason), connectionId: id })
+      })
+      if (decided.length === 0) return inOrder(ids, answers)
+
+      // Step 3: On record before it is allowed. A denial ends the connection.
+      const { id: decision, entry, committed } = decisionEntry(call, deviceId, decided, clock(), startedAt)
+      decided.forEach(({ lease, verdict }, at) => {
+        lease.decisionId = `${decision}.${at}`
+        if (!verdict.allow) leases.revoke(lease, verdict.reasons)
+      })
+      const allowed = decided.map(({ lease }) => lease).filter(({ state }) => state === 'active')
+      await journal.append([entry, ...allowed.map(lease => connectionEntry(lease, instanceId, clock(), []))])
+      committed()
+
+      // Step 4: Another may have claimed it, or an operator closed it, before it was watched here.
+      await leases.reconcile(allowed.map(({ id }) => id))
+    } catch (error) {
+      for (const { claim, lease } of decided) leases.suspend([lease], waitsUntilMs(claim))
+      throw error
+    }
+
+    // Step 5: What is still active is allowed.
+    const seconds = (performance.now() - startedAt) / 1_000
+    for (const { question, lease, verdict } of decided) {
+      deps.onDecision(verdict.allow ? 'allow' : 'deny', seconds)
+      deps.onConnection(question.service, verdict.allow ? 'resumed' : 'denied')
+      answers.set(lease.id, answerFor(lease, verdict, revocations.get(lease.id)))
+      if (lease.state === 'active') stream.hold(lease)
+    }
+    return inOrder(ids, answers)
+  }
+
+  /** @throws Fault when it can't be decided now */
+  async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
+    const question = questionOf(claim, stream.deviceId)
+    const { id, grantedAtMs } = claim
+    const known = { id, grantedAtMs, questionId: '', push, moved: stream.moved }
+    const { verdict, lease } = await decideAndLease(deps, question, known)
+    // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
+    return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }
+  }
+
+  /** It can't be decided, so it waits here from now on, and its watch goes on trying. */
+  function waitHere(claim: Claim, deviceId: string): void {
+    const lease = leases.grant({ ...unleased(claim, questionOf(claim, deviceId)), push() {}, moved() {} })
+    leases.suspend([lease], waitsUntilMs(claim))
+  }
+
+  function waitsUntilMs({ resumeByMs }: Claim): number | undefined {
+    return resumeByMs ?? undefined
+  }
+
+  function unleased({ id, grantedAtMs, userId, serviceId, decisionId }: Claim, question: AccessQuestion) {
+    const expiresAtMs = clock()
+    return { id, grantedAtMs, userId, serviceId, decisionId, question, questionId: '', role: '', expiresAtMs }
+  }
+}
+
+/** What was asked once. The user is named by id now. */
+function questionOf({ userId, serviceId, action }: Claim, deviceId: string): AccessQuestion {
+  return { deviceId, user: userId, service: serviceId, action }
+}
+
+function answerFor(lease: Lease, verdict: Verdict, revocation: Revocation | undefined): Answer {
+  if (revocation) {
+    const { reasons, policyRevision, decisionId } = revocation
+    return answerOf('', { ...verdict, allow: false, reasons, policyRevision }, decisionId, lease.id)
+  }
+  if (verdict.allow && lease.state !== 'active') return denialOf(lease.id, undefined)
+  return answerOf('', verdict, lease.decisionId, lease.id)
+}
+
+/** Of a connection that can't be resumed. One that was taken back was so for these reasons. */
+function denialOf(id: string, claim: Claim | undefined): Answer {
+  if (claim?.status !== 'revoked') return { ...denial('', notHeld), connectionId: id }
+  return { ...denial('', notHeld), reasons: claim.endReasons ?? [], decisionId: claim.decisionId, connectionId: id }
+}
+
+function inOrder(ids: string[], answers: Map<string, Answer>): Answer[] {
+  return ids.map(id => answers.get(id) ?? denialOf(id, undefined))
+}
+
+const notHeld: PolicyReason = {
+  code: 'CONNECTION_NOT_HELD',
+  field: 'resume.connection_ids',
+  actual: 'ended',
+  required: 'waiting to be resumed',
+  message: 'The connection has ended, or was resumed elsewhere or too late; ask anew.',
+}
