@@ -30,6 +30,7 @@ import { Fault } from '../fault.ts'
 import type { HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
 import type { DeviceDescription, Posture, TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import { parseToken } from '../identity/token-text.ts'
+import type { Target } from './authorizations.ts'
 import { describeCallError, isCallError, millisecondsOf, type Server } from './channel.ts'
 import { type DeviceCredentials, fetchTrustBundle, renewCredentials } from './enroll.ts'
 import { isFinal, keepEnrolling } from './enrolling.ts'
@@ -52,6 +53,11 @@ export type AgentOptions = {
   posture: () => Promise<Partial<Posture>>
   log: (event: AgentEvent) => void
   signal: AbortSignal
+  /**
+   * A session has proved itself, on a connection that others may share until the next has. The one before is closed when this
+   * has resolved: `connected: authorizations.moveTo` takes along what is held.
+   */
+  connected?: (target: Target) => Promise<void>
   clock?: Clock
   timer?: Timer
   /** 0 to 1, exclusive. */
@@ -95,7 +101,7 @@ const identityEnds: ReadonlySet<string> = new Set([
  */
 const estranged: ReadonlySet<string> = new Set(['SERVER_UNTRUSTED', 'CERTIFICATE_UNTRUSTED'])
 
-type Settled = Required<AgentOptions>
+type Settled = Required<Omit<AgentOptions, 'connected'>> & Pick<AgentOptions, 'connected'>
 
 /** What the agent knows while it runs. Moments are by `timer.uptime()`; what is not due has none. */
 type Agent = Settled & {
@@ -121,6 +127,8 @@ type Agent = Settled & {
   told: { quarantined: boolean; clockWrong: boolean; recoveryPending: boolean }
   /** Ends the wait for what is due next. */
   wake: AbortController
+  /** What others take along from the session before. */
+  moves: Set<Promise<void>>
 }
 
 /**
@@ -167,6 +175,7 @@ async function keepReporting(options: Settled, credentials: DeviceCredentials): 
     clockOffsetMs: 0,
     told: { quarantined: false, clockWrong: false, recoveryPending: false },
     wake: new AbortController(),
+    moves: new Set(),
   }
   try {
     while (!signal.aborted) {
@@ -175,6 +184,7 @@ async function keepReporting(options: Settled, credentials: DeviceCredentials): 
       await timer.sleep(msUntilDue(agent), AbortSignal.any([signal, agent.wake.signal]))
     }
   } finally {
+    await Promise.allSettled(agent.moves)
     await agent.session?.close()
   }
 }
@@ -261,7 +271,16 @@ async function connect(agent: Agent): Promise<void> {
   }
   const before = agent.session
   agent.session = next
-  await before?.close()
+  if (!agent.connected) {
+    await before?.close()
+    return
+  }
+  // Reports go on meanwhile.
+  const moved = agent
+    .connected({ server, credentials: next.credentials, channel: next.channel })
+    .finally(() => before?.close())
+    .finally(() => agent.moves.delete(moved))
+  agent.moves.add(moved)
 }
 
 async function report(agent: Agent, session: Session): Promise<void> {

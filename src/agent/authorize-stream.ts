@@ -6,7 +6,8 @@
  *     if (answer?.allowed) connect(answer.connectionId)
  *
  * A connection that was allowed is a lease held on this stream. It ends when it is closed, when the server revokes it, or
- * with the stream: whoever loses the stream cuts the connections that rested on it, and asks anew on the next.
+ * when the stream is closed. Whoever loses the stream resumes the connections on the next, or cuts them: see
+ * `authorizations.ts`, which does so by itself.
  */
 import { type Channel, Metadata, type ServiceError } from '@grpc/grpc-js'
 import { Fault, invalidField } from '../fault.ts'
@@ -20,7 +21,7 @@ import {
   type OpenConnection,
   type Question,
 } from '../gen/edgemesh/v1/authorize.ts'
-import { answerOf, type Credentials, channelTo, endOf, type Server } from './channel.ts'
+import { answerOf, type Credentials, channelTo, endOf, millisecondsOf, type Server } from './channel.ts'
 
 export type { Answer, ConnectionRevoked, OpenConnection }
 
@@ -40,10 +41,19 @@ export type AuthorizationStream = {
   ask(questions: AskedQuestion[]): Promise<Answer[]>
   /** Asks anew for leases that would expire. Answers in the order of the ids; one that is not allowed has ended. */
   renew(connectionIds: string[]): Promise<Answer[]>
+  /**
+   * Holds connections of a stream that was lost on this one. Answers in the order of the ids; one that is not allowed has
+   * ended, unless it has `retryAfter`. Rejects with INVALID_ARGUMENT where the server is of before there was such a thing.
+   */
+  resume(connectionIds: string[]): Promise<Answer[]>
   /** The connections have ended. @returns the ids of those that were open */
   closeConnections(connectionIds: string[]): Promise<string[]>
   /** The leases that this stream holds. */
   list(): Promise<OpenConnection[]>
+  /** For how long its leases can be resumed once it is lost; absent until the server has said it. */
+  resumeWithinMs(): number | undefined
+  /** Resolves when no question is in flight. */
+  settled(): Promise<void>
   /** Ends the stream, and with it all its leases. */
   close(): Promise<void>
   /** Resolves when the stream has ended: with the error, or with nothing when either side ended it in order. */
@@ -67,8 +77,8 @@ export function openAuthorizations({
 }: {
   server: Server
   credentials: Credentials
-  /** The ground of a lease has gone: cut the connection now. */
-  onRevoked: (revoked: ConnectionRevoked) => void
+  /** The ground of a lease has gone: cut the connection now. When that is done, the server is told. */
+  onRevoked: (revoked: ConnectionRevoked) => void | Promise<void>
   onClosed?: (error: ServiceError | undefined) => void
   /** A connection to share, made by `openChannel`; left open. Default: one of its own. */
   channel?: Channel
@@ -82,6 +92,8 @@ export function openAuthorizations({
 
   /** By question id. */
   const asked = new Map<string, Waiting<Answer>>()
+  /** Who waits until no question is in flight. */
+  const settling = new Set<() => void>()
   /** By connection id, with the id of the question that gave the lease. */
   const renewing = new Map<string, Waiting<Answer> & { questionId: string | undefined }>()
   /** The leases: connection id to question id. */
@@ -92,9 +104,11 @@ export function openAuthorizations({
   const closes = oneAtATime()
   const lists = oneAtATime()
   let ended = false
+  let resumeWithinMs: number | undefined
   let questionsNumbered = 0
 
-  call.on('data', ({ kind }: AuthorizeResponse) => {
+  call.on('data', ({ kind, resumeWithin }: AuthorizeResponse) => {
+    if (resumeWithin) resumeWithinMs = millisecondsOf(resumeWithin)
     if (kind?.$case === 'answers') for (const answer of kind.value.answers) take(answer)
     if (kind?.$case === 'revoked') revoke(kind.value)
     if (kind?.$case === 'closed') {
@@ -112,10 +126,16 @@ export function openAuthorizations({
     for (const waiting of [...asked.values(), ...renewing.values(), closing, listing])
       waiting?.reject(error ?? streamEnded())
     asked.clear()
+    settle()
     renewing.clear()
     leases.clear()
     onClosed?.(error)
   })
+
+  function settle(): void {
+    for (const resolve of settling) resolve()
+    settling.clear()
+  }
 
   /** Gives an answer to who waits for it: a renewal by its connection or, where that has ended, by its question. */
   function take(answer: Answer): void {
@@ -125,6 +145,7 @@ export function openAuthorizations({
     if (question) {
       asked.delete(answer.questionId)
       question.resolve(answer)
+      if (asked.size === 0) settle()
       return
     }
     const id = renewed ?? [...renewing].find(([, { questionId }]) => questionId === answer.questionId)?.[0]
@@ -138,7 +159,7 @@ export function openAuthorizations({
   function revoke(revoked: ConnectionRevoked): void {
     const { connectionId, questionId, reasons, policyRevision, decisionId } = revoked
     leases.delete(connectionId)
-    onRevoked(revoked)
+    void cut(revoked)
     // A renewal that crossed it on the way has its answer too.
     const renewal = renewing.get(connectionId)
     renewing.delete(connectionId)
@@ -152,6 +173,13 @@ export function openAuthorizations({
       connectionId,
       retryAfter: undefined,
     })
+  }
+
+  async function cut(revoked: ConnectionRevoked): Promise<void> {
+    await onRevoked(revoked)
+    // A server of before there were acknowledgements would end the stream.
+    if (resumeWithinMs === undefined || ended || call.writableEnded) return
+    send({ $case: 'acknowledge', value: { connectionIds: [revoked.connectionId] } })
   }
 
   function send(kind: NonNullable<AuthorizeRequest['kind']>): void {
@@ -203,6 +231,20 @@ export function openAuthorizations({
       for (const some of chunked(ids)) send({ $case: 'renew', value: { connectionIds: some } })
       return Promise.all(connectionIds.map(id => answers.get(id)!))
     },
+
+    async resume(connectionIds) {
+      demandOpen()
+      const ids = [...new Set(connectionIds)]
+      const busy = ids.find(id => renewing.has(id))
+      if (busy !== undefined) throw invalidField('connection_ids', `${busy} is being resumed already`)
+      const answers = new Map(ids.map(id => [id, waitingIn(renewing, id, { questionId: undefined })]))
+      for (const some of chunked(ids)) send({ $case: 'resume', value: { connectionIds: some } })
+      return Promise.all(connectionIds.map(id => answers.get(id)!))
+    },
+
+    resumeWithinMs: () => resumeWithinMs,
+
+    settled: () => new Promise(resolve => (asked.size === 0 ? resolve() : void settling.add(resolve))),
 
     async closeConnections(connectionIds) {
       const closedIds = chunked([...new Set(connectionIds)]).map(some =>

@@ -3,6 +3,7 @@ import type { ExecutionContext } from 'ava'
 import { type AdminDeps, adminHandlers } from '../../src/admin/admin-service.ts'
 import { AuditEvent } from '../../src/audit/entities.ts'
 import type { Call } from '../../src/caller.ts'
+import { readPayload } from '../../src/db/change-feed.ts'
 import { Fault, type FaultCode } from '../../src/fault.ts'
 import { authoritySet, type Generation } from '../../src/identity/authorities.ts'
 import { createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
@@ -66,7 +67,7 @@ export async function operator(t: ExecutionContext<unknown>) {
     async announcedDuring(work: () => Promise<unknown>): Promise<string[]> {
       const client = await db.pool.connect()
       const keys: string[] = []
-      const hear = ({ payload = '' }: { payload?: string | undefined }) => void keys.push(...payload.split('\n'))
+      const hear = ({ payload = '' }: { payload?: string | undefined }) => void keys.push(...readPayload(payload).keys)
       try {
         client.on('notification', hear)
         await client.query('listen edgemesh_changes')

@@ -149,6 +149,69 @@ test('a lease that is taken back is told at once', async t => {
   await authorizations.close()
 })
 
+/** Resumes everything but what is late; keeps what it hears. `resumeWithin`: as a server of today says, or one of before. */
+function resuming(heard: AuthorizeRequest[], resumeWithin: { seconds: number; nanos: number } | undefined) {
+  return (call: AuthorizeCall) => {
+    call.on('data', (request: AuthorizeRequest) => {
+      heard.push(request)
+      const { kind } = request
+      if (kind?.$case === 'questions') {
+        const answers = kind.value.questions.map(allowed)
+        call.write(AuthorizeResponse.fromPartial({ kind: { $case: 'answers', value: { answers } }, resumeWithin }))
+        const taken = { connectionId: 'c-q', questionId: 'q', reasons: [], policyRevision: '1', decisionId: 'd' }
+        call.write(AuthorizeResponse.fromPartial({ kind: { $case: 'revoked', value: taken } }))
+      }
+      if (kind?.$case === 'resume') {
+        const answers = kind.value.connectionIds.map(connectionId =>
+          Answer.fromPartial({ connectionId, allowed: connectionId !== 'late' }),
+        )
+        call.write(AuthorizeResponse.fromPartial({ kind: { $case: 'answers', value: { answers } }, resumeWithin }))
+      }
+    })
+    call.on('end', () => call.end())
+  }
+}
+
+test('what was held on another stream is resumed, answered in the order of the ids, and held on this one', async t => {
+  const server = await serveAuthorizations(t, resuming([], { seconds: 30, nanos: 0 }))
+  const authorizations = openAuthorizations({ server, credentials, onRevoked: () => {} })
+  const ids = [...Array.from({ length: 200 }, (_, at) => `c-${at}`), 'late']
+  const answers = await authorizations.resume(ids)
+  t.deepEqual(
+    answers.map(({ connectionId, allowed }) => [connectionId, allowed]),
+    ids.map(id => [id, id !== 'late']),
+  )
+  t.is(authorizations.resumeWithinMs(), 30_000)
+  await t.throwsAsync(authorizations.renew(['late']), { message: /late is not held/ })
+  await authorizations.close()
+})
+
+test('a revocation is acknowledged once the connection has ended, and never to a server that knows nothing of it', async t => {
+  for (const resumeWithin of [{ seconds: 30, nanos: 0 }, undefined]) {
+    const heard: AuthorizeRequest[] = []
+    const server = await serveAuthorizations(t, resuming(heard, resumeWithin))
+    const told = Promise.withResolvers<void>()
+    const cut = Promise.withResolvers<void>()
+    const onRevoked = () => {
+      told.resolve()
+      return cut.promise
+    }
+    const authorizations = openAuthorizations({ server, credentials, onRevoked })
+    await authorizations.ask([{ id: 'q', user: 'ada', service: 'wiki' }])
+    await told.promise
+    await authorizations.resume(['another'])
+    t.deepEqual(
+      heard.map(({ kind }) => kind?.$case),
+      ['questions', 'resume'],
+    )
+    cut.resolve()
+    await authorizations.resume(['another'])
+    const acknowledged = heard.flatMap(({ kind }) => (kind?.$case === 'acknowledge' ? kind.value.connectionIds : []))
+    t.deepEqual(acknowledged, resumeWithin ? ['c-q'] : [])
+    await authorizations.close()
+  }
+})
+
 test('two questions with one id are refused here, and a stream that breaks answers nobody', async t => {
   const server = await serveAuthorizations(t, call => {
     call.on('data', () => call.emit('error', { code: status.UNAVAILABLE, details: 'draining' }))
