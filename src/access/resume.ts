@@ -90,6 +90,7 @@ export function createResume(deps: ResumeDeps): Resume {
       await leases.reconcile(allowed.map(({ id }) => id))
     } catch (error) {
       for (const { claim, lease } of decided) leases.suspend([lease], waitsUntilMs(claim))
+      lookAgain(decided.map(({ lease }) => lease.id))
       throw error
     }
 
@@ -118,6 +119,14 @@ export function createResume(deps: ResumeDeps): Resume {
   function waitHere(claim: Claim, deviceId: string): void {
     const lease = leases.grant({ ...unleased(claim, questionOf(claim, deviceId)), push() {}, moved() {} })
     leases.suspend([lease], waitsUntilMs(claim))
+    lookAgain([claim.id])
+  }
+
+  /** It may have ended here when it was claimed, and only its record was not there yet. */
+  function lookAgain(ids: string[]): void {
+    const drained = journal.drained().then(() => leases.reconcile(ids))
+    // What is not noticed now is when it is resumed, or when its time is over.
+    drained.catch(() => {})
   }
 
   function waitsUntilMs({ resumeByMs }: Claim): number | undefined {
