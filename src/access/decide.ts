@@ -75,7 +75,8 @@ export function createDecider(options: {
     const { allow, reasons, validForSeconds } = await engine.evaluate('authz', input)
     // Whole seconds of the policy are cut to the exact moment at which the health turns stale.
     const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
-    const expiresAtMs = Math.min(now + validForSeconds * 1_000, staleAtMs)
+    // The policy is told the time without the part of a second, and counts from there: hours end when they do.
+    const expiresAtMs = Math.min(now - (now % 1_000) + validForSeconds * 1_000, staleAtMs)
     const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
     const { user, service, action } = question
     const json = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, input })

@@ -1,7 +1,11 @@
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import { authorizations, heartbeats } from '../support/device.ts'
 import { type EdgeMesh, eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { findOpa, policyDirectory, startOpa } from '../support/opa.ts'
 
 /** An administrator and a service that administrators may reach: business hours don't concern them. */
 async function furnish({ admin }: EdgeMesh): Promise<void> {
@@ -14,6 +18,11 @@ async function start(t: ExecutionContext, env: Record<string, string> = {}) {
   await furnish(mesh)
   const device = await mesh.enroll({ device: { id: 'alpha' } })
   return { mesh, device }
+}
+
+async function withoutHours({ admin }: EdgeMesh): Promise<void> {
+  const { data } = await unary(admin, 'getPolicyState', {})
+  await unary(admin, 'updatePolicyData', { data: { ...data, hours: undefined } })
 }
 
 const codes = (reasons: { code: string }[]) => reasons.map(reason => reason.code)
@@ -107,6 +116,14 @@ for (const [what, act, code] of [
     'USER_DISABLED',
   ],
   [
+    'the user gets a role that may not reach it',
+    async (mesh: EdgeMesh) => {
+      await withoutHours(mesh)
+      return unary(mesh.admin, 'updateUser', { id: 'ada', role: 'guest' })
+    },
+    'ROLE_NOT_GRANTED',
+  ],
+  [
     "the user's role may no longer reach it",
     (mesh: EdgeMesh) => unary(mesh.admin, 'deleteRoleGrant', { role: 'admin', service: '*' }),
     'ROLE_NOT_GRANTED',
@@ -142,6 +159,116 @@ for (const [what, act, code] of [
     t.deepEqual(codes((await access.ask('ada', 'payroll')).reasons), [code])
   })
 }
+
+test('an open connection is taken back when a role that the user got meanwhile may no longer reach it', async t => {
+  const { mesh, device } = await start(t)
+  const grant = { role: 'ops', service: 'payroll', actions: ['connect'] }
+  await unary(mesh.admin, 'setRoleGrant', { grant })
+  await withoutHours(mesh)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  await unary(mesh.admin, 'updateUser', { id: 'ada', role: 'ops' })
+  t.true((await access.ask('ada', 'payroll')).allowed)
+  t.deepEqual(access.revoked, [])
+  await unary(mesh.admin, 'deleteRoleGrant', { role: 'ops', service: 'payroll' })
+  t.deepEqual(codes((await access.revocationOf(answer.connectionId)).reasons), ['ROLE_NOT_GRANTED'])
+})
+
+test('an open connection is taken back when business hours end', async t => {
+  let offsetMs = 0
+  const clock = () => Date.now() + offsetMs
+  const mesh = await startEdgeMesh(t, {}, undefined, clock)
+  await furnish(mesh)
+  await unary(mesh.admin, 'updateUser', { id: 'ada', role: 'engineer' })
+  await unary(mesh.admin, 'setRoleGrant', { grant: { role: 'engineer', service: 'payroll', actions: ['connect'] } })
+  const device = await mesh.enroll({ device: { id: 'alpha' } })
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  // Hours end with a minute. The server's clock goes forward to a few seconds before that.
+  const closing = Math.ceil(Date.now() / 60_000) * 60_000
+  offsetMs = closing - 6_000 - Date.now()
+  const { data } = await unary(mesh.admin, 'getPolicyState', {})
+  const days = ['mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun']
+  const endMinute = (closing / 60_000) % 1_440 || 1_440
+  const hours = { timezone: 'UTC', days, startMinute: 0, endMinute, exemptRoles: [] }
+  await unary(mesh.admin, 'updatePolicyData', { data: { ...data, hours } })
+
+  const answer = await access.ask('ada', 'payroll')
+  t.deepEqual([answer.allowed, codes(answer.reasons)], [true, []])
+  t.true((answer.expiresAt?.getTime() ?? Number.POSITIVE_INFINITY) <= closing)
+  t.deepEqual(codes((await access.revocationOf(answer.connectionId)).reasons), ['OUTSIDE_HOURS'])
+  t.true(clock() >= closing)
+})
+
+const withOpa = findOpa() === undefined ? test.skip : test
+withOpa('an open connection is taken back when the policy is replaced (needs opa)', async t => {
+  const policies = await mkdtemp(join(tmpdir(), 'edgemesh-policies-'))
+  t.teardown(() => rm(policies, { recursive: true }))
+  await cp(policyDirectory, policies, { recursive: true })
+  const opa = await startOpa(t, { policies })
+  const { mesh, device } = await start(t, { OPA_URL: opa.url })
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const answer = await access.ask('ada', 'payroll')
+  t.true(answer.allowed)
+
+  const path = join(policies, 'authz.rego')
+  const closed = (await readFile(path, 'utf8'))
+    .replace('\n\tclock_permits\n}', '\n\tclock_permits\n\tinput.user.role == "nobody"\n}')
+    .concat('\nrefusals contains reason("CLOSED", "policy", "closed", "open", "Nobody may connect now.")\n')
+  await writeFile(path, closed)
+  const revocation = await access.revocationOf(answer.connectionId)
+  t.deepEqual(codes(revocation.reasons), ['CLOSED'])
+  t.not(revocation.policyRevision, answer.policyRevision)
+})
+
+test('the stream of a certificate that is revoked is cut, and its connections are taken back', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const { connectionId } = await access.ask('ada', 'payroll')
+  await mesh.pool.query("update certificates set revoked_at = now() where subject_id = 'alpha'")
+  await mesh.pool.query("select pg_notify('edgemesh_changes', 'device:alpha')")
+  t.like(await access.ended, { code: 'UNAUTHENTICATED', reason: 'CERTIFICATE_REVOKED' })
+  await eventually('the connection is on record as revoked', async () => {
+    const { rows } = await mesh.pool.query('select status, end_reasons from connections where id = $1', [connectionId])
+    return rows[0]?.status === 'revoked' && rows[0].end_reasons[0].code === 'CERTIFICATE_REVOKED'
+  })
+})
+
+test('how long revocations take is measured, to the push and to the acknowledgement', async t => {
+  const { mesh, device } = await start(t)
+  const heart = heartbeats(t, mesh, device)
+  await heart.beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const [first, second] = [await access.ask('ada', 'payroll'), await access.ask('ada', 'payroll')]
+  t.is(access.responses[0]?.resumeWithin?.seconds, 30)
+  t.true(access.responses.slice(1).every(({ resumeWithin }) => resumeWithin === undefined))
+  await heart.beat({ diskEncrypted: false })
+  for (const { connectionId } of [first, second]) await access.revocationOf(connectionId)
+  const scrape = async () => (await fetch(`http://127.0.0.1:${mesh.server.metricsPort}/metrics`)).text()
+  const before = await scrape()
+  t.true(before.includes('edgemesh_revocation_push_seconds_count 2'), before)
+  t.true(before.includes('edgemesh_revocations_unacknowledged 2'))
+  const tookSeconds = Number(/^edgemesh_revocation_push_seconds_sum (\S+)/m.exec(before)?.[1])
+  t.true(tookSeconds >= 0 && tookSeconds < 40, `${tookSeconds}`)
+
+  const ids = [first.connectionId, first.connectionId, 'not pushed']
+  access.send({ $case: 'acknowledge', value: { connectionIds: ids } })
+  await eventually('one is acknowledged', async () => {
+    const text = await scrape()
+    return (
+      text.includes('edgemesh_revocation_acknowledged_seconds_count 1') &&
+      text.includes('edgemesh_revocations_unacknowledged 1')
+    )
+  })
+  t.true((await access.ask('nobody', 'payroll')).reasons.length > 0, 'the stream goes on, and there was no answer')
+  t.is(access.responses.filter(({ kind }) => kind?.$case === 'answers').length, 3)
+  access.send({ $case: 'acknowledge', value: { connectionIds: Array(129).fill(second.connectionId) } })
+  t.like(await access.ended, { code: 'INVALID_ARGUMENT' })
+  t.true((await scrape()).includes('edgemesh_revocations_unacknowledged 0'), 'nobody is waited for who has gone')
+})
 
 test('an operator closes one connection and leaves the others', async t => {
   const { mesh, device } = await start(t)
