@@ -1,7 +1,11 @@
 /** Connections outlive the stream that they were allowed on, and the instance, for as long as their ground holds. */
+import { once } from 'node:events'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import test, { type ExecutionContext } from 'ava'
 import { authorizations, heartbeats } from '../support/device.ts'
 import {
+  type Credentials,
   clientsOf,
   type EdgeMesh,
   eventually,
@@ -9,9 +13,12 @@ import {
   startEdgeMesh,
   startSecondInstance,
   type TestDevice,
+  testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { testDatabase } from '../support/postgres.ts'
 import { link } from '../support/relay.ts'
+import { serve } from '../support/serve.ts'
 
 async function start(t: ExecutionContext, env: Record<string, string> = {}) {
   const mesh = await startEdgeMesh(t, env)
@@ -27,15 +34,15 @@ async function start(t: ExecutionContext, env: Record<string, string> = {}) {
 /** A stream on a connection of its own, which breaks when the test says so. */
 async function breakable(t: ExecutionContext, mesh: EdgeMesh, device: TestDevice) {
   const { port, cut } = await link(t, mesh.server.apiPort)
-  const clients = (who: TestDevice) => clientsOf(t, `127.0.0.1:${port}`, who)
-  return { ...authorizations(t, { clients: who => clients(who as TestDevice) }, device), lose: cut }
+  const clients = (who: Credentials) => clientsOf(t, `127.0.0.1:${port}`, who)
+  return { ...authorizations(t, { clients }, device), lose: cut }
 }
 
 const codes = (reasons: { code: string }[]) => reasons.map(reason => reason.code)
 
 type OnRecord = { status: string; waits: boolean; instance: string; reasons: string[] }
 
-async function recordOf({ pool }: EdgeMesh, id: string): Promise<OnRecord> {
+async function recordOf({ pool }: Pick<EdgeMesh, 'pool'>, id: string): Promise<OnRecord> {
   const { rows } = await pool.query(
     `select status, resume_by is not null as waits, instance_id as instance, end_reasons from connections where id = $1`,
     [id],
@@ -243,4 +250,75 @@ test('a device that did not leave in time resumes what waits after the instance 
   const next = authorizations(t, second, device)
   t.true((await next.resume([id]))[0]?.allowed)
   t.like(await recordOf(mesh, id), { status: 'active', waits: false, instance: second.server.instanceId })
+})
+
+test('after kill -9 of its instance a device resumes at another, and nothing of it was lost', async t => {
+  const { url, pool } = await testDatabase(t)
+  const environment = { ...testEnvironment, DATABASE_URL: url }
+  const killed = await serve(t, { ...environment, INSTANCE_ID: 'killed' })
+  const mesh = await startEdgeMesh(t, { DATABASE_URL: url })
+  const { admin } = mesh
+  await unary(admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: 'Ada', role: 'admin' })
+  await unary(admin, 'createService', { id: 'payroll', name: 'Payroll', labels: {}, owner: 'finance', roles: [] })
+  const device = await mesh.enroll({ device: { id: 'alpha' } })
+  const there = { clients: (who: Credentials) => clientsOf(t, killed.address, who) }
+  const heart = heartbeats(t, mesh, device)
+  await heart.beat(healthy)
+  const access = authorizations(t, there, device)
+  const { connectionId: id } = await access.ask('ada', 'payroll')
+  await killed.kill()
+  await access.ended
+  t.like(await recordOf({ pool }, id), { status: 'active', waits: false, instance: 'killed' })
+
+  const next = authorizations(t, mesh, device)
+  t.true((await next.resume([id]))[0]?.allowed)
+  t.like(await recordOf({ pool }, id), { status: 'active', instance: mesh.server.instanceId })
+  await heart.beat({ diskEncrypted: false })
+  t.deepEqual(codes((await next.revocationOf(id)).reasons), ['DISK_NOT_ENCRYPTED'])
+})
+
+test('what a process left under its name waits once another has started under it', async t => {
+  const { mesh, device } = await start(t)
+  const second = await startSecondInstance(t, mesh, { INSTANCE_ID: 'pod-0' })
+  const { connectionId: id } = await authorizations(t, second, device).ask('ada', 'payroll')
+  // As if it had been killed.
+  await mesh.pool.query("insert into instances (id, started_at, seen_at) values ('pod-1', now(), now())")
+  await mesh.pool.query("update connections set instance_id = 'pod-1' where id = $1", [id])
+  const again = await startSecondInstance(t, mesh, { INSTANCE_ID: 'pod-1' })
+  t.like(await recordOf(mesh, id), { status: 'active', waits: true })
+  t.true((await authorizations(t, again, device).resume([id]))[0]?.allowed)
+})
+
+test('nothing is taken over from an instance of the version before, which would end it on record', async t => {
+  const { mesh, device } = await start(t)
+  const second = await startSecondInstance(t, mesh)
+  const { connectionId: id } = await authorizations(t, mesh, device).ask('ada', 'payroll')
+  await mesh.pool.query("insert into instances (id, started_at, seen_at) values ('old', now(), now())")
+  await mesh.pool.query("update connections set instance_id = 'old' where id = $1", [id])
+  const [answer] = await authorizations(t, second, device).resume([id])
+  t.deepEqual(codes(answer?.reasons ?? []), ['CONNECTION_NOT_HELD'])
+  t.like(await recordOf(mesh, id), { status: 'active', instance: 'old' })
+})
+
+test('while policy can not be had nothing is resumed and nothing is lost: it goes on waiting', async t => {
+  const opa = createServer((_, response) => response.writeHead(503).end())
+  t.teardown(() => opa.close())
+  await once(opa.listen(0, '127.0.0.1'), 'listening')
+  const { mesh, device } = await start(t)
+  const lost = await breakable(t, mesh, device)
+  const { connectionId: id } = await lost.ask('ada', 'payroll')
+  lost.lose()
+  await isWaiting(mesh, id)
+  const { port } = opa.address() as AddressInfo
+  const blind = await startSecondInstance(t, mesh, { OPA_URL: `http://127.0.0.1:${port}` })
+  const [undecided] = await authorizations(t, blind, device).resume([id])
+  t.like(undecided, { allowed: false, connectionId: id })
+  t.truthy(undecided?.retryAfter)
+  t.deepEqual(codes(undecided?.reasons ?? []), ['POLICY_UNAVAILABLE'])
+  await eventually('it waits there', async () => {
+    const { waits, instance } = await recordOf(mesh, id)
+    return waits && instance === blind.server.instanceId
+  })
+  t.true((await authorizations(t, mesh, device).resume([id]))[0]?.allowed)
+  t.like(await recordOf(mesh, id), { status: 'active', waits: false, instance: mesh.server.instanceId })
 })
