@@ -195,11 +195,9 @@ export function createAuthorize(deps: ContinuousDeps) {
 
     function close(ids: string[]): string[] {
       bounded('close.connection_ids', ids.length)
-      return ids.filter(id => {
-        const lease = held.get(id)
-        held.delete(id)
-        return lease !== undefined && deps.leases.close(lease)
-      })
+      const leases = ids.flatMap(id => held.get(id) ?? [])
+      for (const { id } of leases) held.delete(id)
+      return deps.leases.close(leases).map(({ id }) => id)
     }
 
     /** The stream is over: its leases wait for its device, are closed with it, or taken back if that was thrown out. */
@@ -211,7 +209,7 @@ export function createAuthorize(deps: ContinuousDeps) {
       } else if (lost) {
         deps.leases.suspend(leases)
       } else {
-        for (const lease of leases) deps.leases.close(lease)
+        deps.leases.close(leases)
       }
     }
 

@@ -2,6 +2,7 @@
 import type pg from 'pg'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
+import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -36,24 +37,27 @@ export function connectionEntry(
   nowMs: number,
   reasons: PolicyReason[],
 ): JournalEntry {
-  const ended = lease.state !== 'active' && lease.state !== 'suspended'
-  return {
-    table: connectionsTable,
-    row: [
-      lease.id,
-      lease.question.deviceId,
-      lease.userId,
-      lease.serviceId,
-      lease.question.action,
-      instanceId,
-      ended ? lease.state : 'active',
-      new Date(lease.grantedAtMs),
-      ended ? new Date(nowMs) : null,
-      ended ? JSON.stringify(reasons) : null,
-      lease.decisionId,
-      lease.state === 'suspended' && lease.resumeBy ? lease.resumeBy : null,
-    ],
-  }
+  const { id, question, userId, serviceId, grantedAtMs, decisionId } = lease
+  const status = lease.state === 'suspended' ? 'active' : lease.state
+  const ended = status !== 'active'
+  const endReasons = ended ? canonicalJson(reasons) : null
+  const resumeBy = lease.state === 'suspended' && lease.resumeBy ? lease.resumeBy : null
+  const { deviceId, action } = question
+  const [grantedAt, endedAt] = [new Date(grantedAtMs), ended ? new Date(nowMs) : null]
+  const holder = [id, deviceId, userId, serviceId, action, instanceId]
+  const row = [...holder, status, grantedAt, endedAt, endReasons, decisionId, resumeBy]
+  // What `rowText` would make of it, at a third of the cost: two rows a connection are most of what one costs.
+  const end = ended ? `"end_reasons":${endReasons},"ended_at":${nowMs * 1_000},` : ''
+  const resume = resumeBy ? `"resume_by":${resumeBy.getTime() * 1_000},` : ''
+  const text = `{"action":${quoted(action)},"decision_id":"${decisionId}","device_id":${quoted(deviceId)},${end}"granted_at":${grantedAtMs * 1_000},"id":"${id}","instance_id":${quoted(instanceId)},${resume}"service_id":${quoted(serviceId)},"status":"${status}","user_id":${quoted(userId)}}`
+  return { table: connectionsTable, row, text }
+}
+
+const plain = /^[\w .:@/-]*$/
+
+/** As JSON. Most names are such as stand for themselves. */
+function quoted(name: string): string {
+  return plain.test(name) ? `"${name}"` : JSON.stringify(name.toWellFormed())
 }
 
 /** A connection that its device wants to resume. */

@@ -68,8 +68,8 @@ export type Leases = {
   grant(lease: Granted): Lease
   /** It is taken back for something that no change of its ground has shown. */
   revoke(lease: Lease, reasons: PolicyReason[]): void
-  /** The holder ends it. @returns false when it had ended before */
-  close(lease: Lease): boolean
+  /** Their holder ends them. @returns those that had not ended before */
+  close(leases: readonly Lease[]): Lease[]
   /**
    * The holder is gone. At most `suspendedPerDeviceMax` of a device wait; beyond that those that have waited longest are closed.
    *
@@ -295,10 +295,10 @@ export function createLeases(options: LeasesOptions): Leases {
       return lease
     },
     revoke: (lease, reasons) => takeBack(lease, reasons),
-    close(lease) {
-      if (!become(lease, 'closed')) return false
-      options.record([entryOf(lease)])
-      return true
+    close(leases) {
+      const closed = leases.filter(lease => become(lease, 'closed'))
+      if (closed.length > 0) options.record(closed.map(lease => entryOf(lease)))
+      return closed
     },
     suspend(leases, resumeByMs = feed.databaseTimeMs(clock()) + graceMs) {
       const entries: JournalEntry[] = []

@@ -28,7 +28,12 @@ import {
   sealedRow,
 } from './seals.ts'
 
-export type JournalEntry = { table: JournalTable; row: readonly unknown[] }
+export type JournalEntry = {
+  table: JournalTable
+  row: readonly unknown[]
+  /** What `rowText` makes of the row, where who writes it has a shorter way there. */
+  text?: string
+}
 
 export type Journal = {
   /** Resolves once all entries are committed, all or none. @throws Fault UNAVAILABLE `AUDIT_UNAVAILABLE` */
@@ -124,13 +129,12 @@ export function startJournal(options: {
     const sealed: SealedRow[] = []
     for (const append of batch) {
       if (append.committed) sealed.push(...append.committed)
-      for (const { table, row } of append.entries) {
+      for (const { table, row, text = rowText(table, row) } of append.entries) {
         let texts = textsOf.get(table)
         if (!texts) {
           texts = new Map()
           textsOf.set(table, texts)
         }
-        const text = rowText(table, row)
         texts.set(table.key ? table.key(row) : texts.size, text)
         const inSeal = sealedRow(table, row, text)
         if (inSeal) sealed.push(inSeal)

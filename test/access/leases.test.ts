@@ -297,7 +297,7 @@ test.serial('a connection ends once, is held by one at most, and leaves nothing 
 
       function close(at: number): void {
         for (const stream of streams[at] ?? []) {
-          if (stream.held) instance(at).leases.close(stream.held)
+          if (stream.held) instance(at).leases.close([stream.held])
           stream.held = undefined
         }
       }
