@@ -31,6 +31,8 @@ export type PolicyManifest = {
   opa: string
   /** File name to `sha256:` of its text. */
   sources: Record<string, string>
+  /** `sha256:` of the artefact: whoever reads both knows that they belong together. */
+  wasm: string
 }
 
 /** Where `opa` is: $OPA, the PATH, then where this project and `go install` put their tools. */
@@ -56,6 +58,7 @@ function isExecutable(path: string): boolean {
 /** Compiles the sources with `opa` and writes artefact and manifest into `outputDirectory`. */
 export function buildPolicy(opa: string, outputDirectory: string): PolicyManifest {
   const sources = listSources(policyDirectory)
+  const { compiled } = compile(opa, policyDirectory, sources, entrypoints)
   const manifest: PolicyManifest = {
     revision: revisionOf(policyDirectory, sources),
     entrypoints,
@@ -63,9 +66,10 @@ export function buildPolicy(opa: string, outputDirectory: string): PolicyManifes
     sources: Object.fromEntries(
       sources.map(source => [source, `sha256:${sha256(readSource(policyDirectory, source))}`]),
     ),
+    wasm: `sha256:${sha256(compiled)}`,
   }
   mkdirSync(outputDirectory, { recursive: true })
-  writeFileSync(join(outputDirectory, 'policy.wasm'), compile(opa, policyDirectory, sources, entrypoints))
+  writeFileSync(join(outputDirectory, 'policy.wasm'), compiled)
   writeFileSync(join(outputDirectory, 'manifest.json'), `${JSON.stringify(manifest, undefined, 2)}\n`)
   return manifest
 }
@@ -77,8 +81,22 @@ export function buildPolicy(opa: string, outputDirectory: string): PolicyManifes
  */
 export function compileDecisions(opa: string, directory: string): { compiled: Buffer; revision: string } {
   const sources = listSources(directory)
-  const compiled = compile(opa, directory, sources, ['edgemesh/authz/decision'])
+  const { compiled } = compile(opa, directory, sources, ['edgemesh/authz/decision'])
   return { compiled, revision: revisionOf(directory, sources) }
+}
+
+/**
+ * Compiles a policy that is to decide in place of the shipped one, as a bundle of OPA under the revision of its sources. It may
+ * do without an explanation.
+ *
+ * @throws Error whose `stdout` and `stderr` are what `opa` says against it
+ */
+export function bundlePolicy(opa: string, directory: string): { archive: Buffer; revision: string } {
+  const sources = listSources(directory)
+  const revision = revisionOf(directory, sources)
+  const explains = sources.some(source => /^explanation\b/m.test(readSource(directory, source)))
+  const asked = entrypoints.filter(entrypoint => explains || !entrypoint.endsWith('/explanation'))
+  return { archive: compile(opa, directory, sources, asked, revision).archive, revision }
 }
 
 /** Everything but tests, and but the policy that guards an OPA server, which has no meaning without one. */
@@ -96,7 +114,7 @@ function revisionOf(directory: string, sources: string[]): string {
   return sha256(sources.map(source => `${source}\n${readSource(directory, source)}`).join('\n')).slice(0, 12)
 }
 
-function sha256(text: string): string {
+function sha256(text: string | Buffer): string {
   return createHash('sha256').update(text).digest('hex')
 }
 
@@ -106,16 +124,22 @@ function versionOf(opa: string): string {
   return version
 }
 
-function compile(opa: string, directory: string, sources: string[], asked: string[]): Buffer {
+function compile(
+  opa: string,
+  directory: string,
+  sources: string[],
+  asked: string[],
+  revision = '',
+): { archive: Buffer; compiled: Buffer } {
   const workDirectory = mkdtempSync(join(tmpdir(), 'edgemesh-policy-'))
   try {
     const bundle = join(workDirectory, 'bundle.tar.gz')
     const named = asked.flatMap(entrypoint => ['--entrypoint', entrypoint])
-    const args = ['build', '--target', 'wasm', ...named, '--output', bundle, ...sources]
+    const args = ['build', '--target', 'wasm', '--revision', revision, ...named, '--output', bundle, ...sources]
     execFileSync(opa, args, { cwd: directory, stdio: 'pipe' })
     // The bundle names its files with a leading slash, which tar drops. It says so, to nobody's use.
     execFileSync('tar', ['-xzf', bundle, '-C', workDirectory], { stdio: 'pipe' })
-    return readFileSync(join(workDirectory, 'policy.wasm'))
+    return { archive: readFileSync(bundle), compiled: readFileSync(join(workDirectory, 'policy.wasm')) }
   } finally {
     rmSync(workDirectory, { recursive: true, force: true })
   }

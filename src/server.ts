@@ -18,8 +18,9 @@ import { createFacts } from './access/facts.ts'
 import { keepInstanceRecord } from './access/instances.ts'
 import { createLeases } from './access/leases.ts'
 import type { PolicyEngine } from './access/policy-engine.ts'
+import { startFolderPolicy } from './access/policy-folder.ts'
 import { startOpaPolicy } from './access/policy-server.ts'
-import { startWasmPolicy } from './access/policy-wasm.ts'
+import { startShippedPolicy } from './access/policy-wasm.ts'
 import { createResume } from './access/resume.ts'
 import { watchRevocations } from './access/revocations.ts'
 import { adminHandlers } from './admin/admin-service.ts'
@@ -211,7 +212,7 @@ async function compose(
 
   // Access
   startedAt = performance.now()
-  const engine = await startEngine(settings, log)
+  const engine = await startEngine(settings, clock, log)
   stops.push(engine.stop)
   const facts = createFacts({ pool: db.pool, feed, maxAgeMs: settings.health.maxAgeMs, clock })
   const decider = createDecider({ facts, engine, clock, onError: settings.policy.onError })
@@ -390,6 +391,7 @@ async function compose(
         policy: {
           revision: engine.revision,
           explain: engine.explain,
+          status: engine.status,
           engine: settings.opa.url ? 'opa-server' : 'in-process',
         },
       }),
@@ -428,6 +430,7 @@ async function compose(
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
     decisionCache: decider.stats,
+    policy: () => ({ engine: settings.opa.url ? 'opa-server' : 'in-process', ...engine.status() }),
     feedLagSeconds: () => feed.lagMs() / 1_000,
     expiries: () => [
       ...expiriesOf(authorities.current()),
@@ -440,7 +443,7 @@ async function compose(
       database: await databaseCheck(db),
       facts: { ok: feed.isLive(), detail: feed.isLive() ? undefined : 'the change feed is behind' },
       authority: authorityCheck(authorities.current()),
-      policy: { ok: engine.ready(), detail: engine.ready() ? engine.revision() : 'the policy can not be evaluated' },
+      policy: policyCheck(engine),
       lifecycle: { ok: !stopping, detail: stopping ? 'stopping' : undefined },
     }
     return { ready: Object.values(checks).every(check => check.ok), checks }
@@ -514,9 +517,11 @@ async function openState(settings: Settings, log: Log, stops: (() => Promise<voi
   return { db, url, embedded }
 }
 
-async function startEngine(settings: Settings, log: Log): Promise<PolicyEngine> {
-  const { url, timeoutMs, bearerToken } = settings.opa
-  return url === undefined ? startWasmPolicy() : startOpaPolicy({ url, timeoutMs, bearerToken, log })
+async function startEngine({ opa, policy }: Settings, clock: Clock, log: Log): Promise<PolicyEngine> {
+  const { url, timeoutMs, bearerToken } = opa
+  if (url !== undefined) return startOpaPolicy({ url, timeoutMs, bearerToken, clock, log })
+  if (policy.bundleDir !== undefined) return startFolderPolicy({ directory: policy.bundleDir, clock, log })
+  return startShippedPolicy(clock)
 }
 
 function authorityOptionsOf({ identity }: Settings, db: Database, clock: Clock): AuthorityOptions {
@@ -542,6 +547,14 @@ function expiriesOf({ all }: AuthoritySet): Expiry[] {
     { of: 'root' as const, generation, stage, atMs: rootNotAfter.getTime() },
     { of: 'issuer' as const, generation, stage, atMs: issuer.notAfter.getTime() },
   ])
+}
+
+/** A policy that was refused keeps nobody out while the one before it decides. */
+function policyCheck(engine: PolicyEngine): { ok: boolean; detail: string } {
+  const { revision, refused } = engine.status()
+  const refusal = refused && `refused: ${refused.problem}`
+  if (!engine.ready()) return { ok: false, detail: refusal ?? 'the policy can not be evaluated' }
+  return { ok: true, detail: refusal ? `${revision}; ${refusal}` : revision }
 }
 
 async function databaseCheck(db: Database): Promise<{ ok: boolean; detail?: string }> {

@@ -47,7 +47,11 @@ export type Settings = Readonly<{
     timeoutMs: number
     bearerToken: string | undefined
   }>
-  policy: Readonly<{ onError: 'deny' | 'last-known' }>
+  policy: Readonly<{
+    /** Absolute path of a folder with a compiled policy; undefined means the one that is shipped. */
+    bundleDir: string | undefined
+    onError: 'deny' | 'last-known'
+  }>
   identity: Readonly<{
     trustDomain: string
     enrollmentTokenSecret: string
@@ -329,6 +333,12 @@ const VARIABLES = {
     secret: true,
     meaning: 'sent to OPA when it runs with --authentication=token',
   }),
+  POLICY_BUNDLE_DIR: optional(text, 'the policy that comes with the program', {
+    meaning:
+      'folder of the compiled policy that is evaluated in the process, bundle.tar.gz or policy.wasm; ' +
+      'what is put there takes effect within a second',
+    hint: 'make one with: edgemesh policy build FOLDER-OF-REGO --out FOLDER',
+  }),
   POLICY_ON_ERROR: defaulted(
     text.pipe(z.enum(['deny', 'last-known'], { error: 'must be deny or last-known' })),
     'deny',
@@ -540,6 +550,13 @@ function checkTogether(values: Partial<Values>, problems: SettingsProblem[]): vo
       hint: 'a certificate is worth nothing once its authority has expired',
     })
   }
+  if (values.OPA_URL !== undefined && values.POLICY_BUNDLE_DIR !== undefined) {
+    problems.push({
+      variable: 'POLICY_BUNDLE_DIR',
+      problem: 'is of no use with OPA_URL: OPA has a policy of its own',
+      hint: 'remove one',
+    })
+  }
   for (const [one, other] of [
     ['CA_CERT', 'CA_KEY'],
     ['CA_KEY', 'CA_CERT'],
@@ -580,7 +597,10 @@ function assemble(values: Values): Settings {
       poolMax: values.DATABASE_POOL_SIZE + values.DATABASE_MAX_OVERFLOW,
     },
     opa: { url: values.OPA_URL, timeoutMs: values.OPA_TIMEOUT * 1_000, bearerToken: values.OPA_BEARER_TOKEN },
-    policy: { onError: values.POLICY_ON_ERROR },
+    policy: {
+      bundleDir: values.POLICY_BUNDLE_DIR && resolve(values.POLICY_BUNDLE_DIR),
+      onError: values.POLICY_ON_ERROR,
+    },
     identity: {
       trustDomain: values.TRUST_DOMAIN,
       enrollmentTokenSecret: values.ENROLLMENT_TOKEN_SECRET,

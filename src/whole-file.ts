@@ -11,7 +11,7 @@ export const ownerOnly = 0o600
 export const everyoneReads = 0o644
 
 /** Replaces what is there: readers see the old file or the new one; once this resolves, a power cut leaves the new one. */
-export async function writeWhole(path: string, content: string, mode: number): Promise<void> {
+export async function writeWhole(path: string, content: string | Uint8Array, mode: number): Promise<void> {
   const draft = await writeDraft(path, content, mode)
   try {
     await moveWhole(draft, path)
@@ -61,7 +61,7 @@ export async function readIfThere(path: string): Promise<string | undefined> {
   }
 }
 
-async function writeDraft(path: string, content: string, mode: number): Promise<string> {
+async function writeDraft(path: string, content: string | Uint8Array, mode: number): Promise<string> {
   await mkdir(dirname(path), { recursive: true })
   const draft = `${path}.${randomBytes(6).toString('hex')}.tmp`
   const file = await open(draft, 'wx', mode)

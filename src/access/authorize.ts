@@ -322,7 +322,7 @@ export function decideAndLease(
         retryAfterMs: 100,
       })
     }
-    const lease = deps.leases.grant({
+    const wanted = {
       ...known,
       question,
       userId: ground.user.value?.id ?? '',
@@ -330,7 +330,8 @@ export function decideAndLease(
       role: ground.user.value?.role ?? '',
       expiresAtMs: verdict.expiresAtMs,
       decisionId: '',
-    })
+    }
+    const lease = deps.leases.grant(wanted, verdict.policyRevision)
     return { question, verdict, lease }
   }
 

@@ -10,8 +10,9 @@
 import { LRUCache } from 'lru-cache'
 import { canonicalJson } from '../audit/seals.ts'
 import type { Clock } from '../clock.ts'
+import { Fault } from '../fault.ts'
 import type { Facts, Ground } from './facts.ts'
-import type { AuthzInput, PolicyEngine, PolicyReason, Weekday } from './policy-engine.ts'
+import type { AuthzInput, PolicyDecision, PolicyEngine, PolicyReason, Weekday } from './policy-engine.ts'
 
 /** `user` is an id or an e-mail address. */
 export type AccessQuestion = { deviceId: string; user: string; service: string; action: string }
@@ -48,6 +49,7 @@ export type InvalidationCause = keyof Ground | 'revision' | 'time'
 
 /** Verdicts kept, about 3 kB each. */
 const verdictsMax = 50_000
+const tooSlowRetryMs = 1_000
 
 export function createDecider(options: {
   facts: Facts
@@ -70,17 +72,17 @@ export function createDecider(options: {
   })
 
   async function evaluate(asked: string, question: AccessQuestion, ground: Ground, now: number): Promise<Verdict> {
-    const policyRevision = engine.revision()
     const input = inputOf(question, ground, facts.maxAgeMs, now)
-    const { allow, reasons, validForSeconds } = await engine.evaluate('authz', input)
+    const decision = await engine.evaluate('authz', input)
+    const { allow, reasons, revision: policyRevision } = decision
     // Whole seconds of the policy are cut to the exact moment at which the health turns stale.
     const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
-    // The policy is told the time without the part of a second, and counts from there: hours end when they do.
-    const expiresAtMs = Math.min(now - (now % 1_000) + validForSeconds * 1_000, staleAtMs)
-    const [evaluatedAt, expiresAt] = [new Date(now), new Date(expiresAtMs)]
-    const { user, service, action } = question
-    const json = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, input })
-    const verdict: Verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json }
+    const expiresAtMs = Math.min(endOf(decision, ground.policy.value.hours?.timezone, now), staleAtMs)
+    // It has taken so long to decide that the answer is over.
+    if (allow && clock() >= expiresAtMs && clock() > now) throw tooSlow()
+    const verdict: Verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json: '' }
+    verdict.json = canonicalJson({ ...onRecord(question, verdict), input })
+    // Decided by a policy that has been replaced meanwhile, it is an answer to who asked then, and to nobody else.
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
   }
@@ -121,11 +123,19 @@ export function createDecider(options: {
 }
 
 /** The input of a verdict is on record: with the decision of this id, dated `at`. Later uses of it refer to that. */
-export function keepsOnRecord(verdict: Verdict, { user, service, action }: AccessQuestion, id: string, at: Date): void {
-  const { allow, reasons, evaluatedAtMs, expiresAtMs } = verdict
+export function keepsOnRecord(verdict: Verdict, question: AccessQuestion, id: string, at: Date): void {
+  verdict.jsonAgain = canonicalJson({ ...onRecord(question, verdict), inputOf: id, inputAt: at })
+}
+
+function onRecord({ user, service, action }: AccessQuestion, verdict: Verdict) {
+  const { allow, reasons, policyRevision, evaluatedAtMs, expiresAtMs } = verdict
   const [evaluatedAt, expiresAt] = [new Date(evaluatedAtMs), new Date(expiresAtMs)]
-  const of = { inputOf: id, inputAt: at }
-  verdict.jsonAgain = canonicalJson({ user, service, action, allow, reasons, evaluatedAt, expiresAt, ...of })
+  return { user, service, action, allow, reasons, policyRevision, evaluatedAt, expiresAt }
+}
+
+function tooSlow(): Fault {
+  const message = 'the policy took longer to answer than its answer holds, so nothing is allowed'
+  return new Fault('UNAVAILABLE', 'POLICY_UNAVAILABLE', message, { retryAfterMs: tooSlowRetryMs })
 }
 
 type Kept = { verdict: Verdict; ground: Ground }
@@ -187,6 +197,43 @@ function healthOf(
     firewall_enabled: posture.firewallEnabled ?? null,
     attributes: posture.attributes,
   }
+}
+
+/**
+ * Until when an answer of `now` holds. Where it rests on the time of day, policy was told a whole second, and counts from it;
+ * and it counts as if no clock in that zone were ever put forward or back, so the answer ends where one is.
+ */
+function endOf({ validForSeconds, clockUsed }: PolicyDecision, timeZone: string | undefined, now: number): number {
+  if (!clockUsed) return now + validForSeconds * 1_000
+  const secondMs = now - (now % 1_000)
+  return beforeClockChange(timeZone ?? 'UTC', secondMs, secondMs + validForSeconds * 1_000)
+}
+
+/** `until`, or if the zone's offset changes before it, the moment when it does. Both are whole seconds. */
+function beforeClockChange(timeZone: string, from: number, until: number): number {
+  const offset = offsetIn(timeZone, from)
+  if (offsetIn(timeZone, until) === offset) return until
+  let [same, other] = [from, until]
+  while (other - same > 1_000) {
+    const middle = same + Math.floor((other - same) / 2_000) * 1_000
+    if (offsetIn(timeZone, middle) === offset) same = middle
+    else other = middle
+  }
+  return other
+}
+
+const weekdays: Weekday[] = ['mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun']
+const daySeconds = 86_400
+const weekSeconds = 7 * daySeconds
+/** The first day of Unix time was a Thursday. */
+const epochSecondOfWeek = weekdays.indexOf('thu') * daySeconds
+
+/** By how many seconds the clocks in that zone are ahead of UTC, within a week. */
+function offsetIn(timeZone: string, at: number): number {
+  const { weekday, minute, second } = timeIn(timeZone, at)
+  const local = weekdays.indexOf(weekday) * daySeconds + minute * 60 + second
+  const utc = (Math.floor(at / 1_000) + epochSecondOfWeek) % weekSeconds
+  return (local - utc + weekSeconds) % weekSeconds
 }
 
 /** Formatters are dear to make; zones are few, since an operator names them. */

@@ -87,6 +87,8 @@ export type DecidedQuestion = {
   action: string
   allow: boolean
   reasons: PolicyReason[]
+  /** Rows of older versions have it only for all their questions together. */
+  policyRevision?: string
   /** ISO 8601: when the input was gathered, and until when the answer held. Rows of older versions have neither. */
   evaluatedAt?: string
   expiresAt?: string

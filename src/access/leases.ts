@@ -39,6 +39,8 @@ export type Lease = {
   grantedAtMs: number
   /** When the verdict that it stands on expires. */
   expiresAtMs: number
+  /** How often it has been asked to be decided anew: what was asked earlier and is answered later does not count. */
+  turn: number
   decisionId: string
   /** While it is suspended: until when it can be resumed, by the database's clock, which claims go by. */
   resumeBy: Date | undefined
@@ -58,14 +60,17 @@ export type Revocation = {
 }
 
 /** Those of a connection that is resumed are given; a new one gets its own. */
-type Granted = Omit<Lease, 'id' | 'state' | 'grantedAtMs' | 'resumeBy'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>
+type Granted = Omit<Lease, 'id' | 'state' | 'grantedAtMs' | 'resumeBy' | 'turn'> &
+  Partial<Pick<Lease, 'id' | 'grantedAtMs'>>
 
 export type Leases = {
   /**
    * From here on the lease is watched: before it is on record, so that no change falls between. One with the same id that
    * there is here has moved.
+   *
+   * @param decidedBy the revision of the policy that allowed it; if that has been replaced meanwhile, it is decided anew
    */
-  grant(lease: Granted): Lease
+  grant(lease: Granted, decidedBy?: string): Lease
   /** It is taken back for something that no change of its ground has shown. */
   revoke(lease: Lease, reasons: PolicyReason[]): void
   /** Their holder ends them. @returns those that had not ended before */
@@ -171,9 +176,10 @@ export function createLeases(options: LeasesOptions): Leases {
   }
 
   async function decideAnew(lease: Lease, sinceMs: number | undefined): Promise<void> {
+    const turn = ++lease.turn
     try {
       const { verdict, ground } = await decider.decide(lease.question)
-      if (!isWatched(lease)) return
+      if (!isWatched(lease) || lease.turn !== turn) return
       if (verdict.allow) {
         lease.expiresAtMs = verdict.expiresAtMs
         // The user may have another role by now, whose grants count from here on.
@@ -285,13 +291,15 @@ export function createLeases(options: LeasesOptions): Leases {
   sweeping.unref()
 
   return {
-    grant(wanted) {
+    grant(wanted, decidedBy = engine.revision()) {
       const before = wanted.id && watched.get(wanted.id)
       if (before) move(before)
       const [id, grantedAtMs] = [wanted.id ?? randomUUIDv7(), wanted.grantedAtMs ?? clock()]
-      const lease: Lease = { ...wanted, id, state: 'active', grantedAtMs, resumeBy: undefined }
+      const lease: Lease = { ...wanted, id, state: 'active', grantedAtMs, resumeBy: undefined, turn: 0 }
       watched.set(id, lease)
       byDevice.add(lease.question.deviceId, lease)
+      // The change of the policy was told before there was this lease to think of.
+      if (decidedBy !== engine.revision()) enqueue([lease])
       return lease
     },
     revoke: (lease, reasons) => takeBack(lease, reasons),

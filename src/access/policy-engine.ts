@@ -22,6 +22,22 @@ export type PolicyDecision = {
   validForSeconds: number
   /** Whether the time of day was looked at; if not, the answer holds at any hour. */
   clockUsed: boolean
+  /** Names the policy that has decided, which may be another one than decides now. */
+  revision: string
+}
+
+/** How the policy that decides came to do so. */
+export type PolicyStatus = {
+  /** Empty until there is one that can decide. */
+  revision: string
+  /** Since when it decides at this instance, ms since epoch. */
+  activatedAtMs: number | undefined
+  /** When it was last seen that it is still the one that should decide, ms since epoch. */
+  checkedAtMs: number | undefined
+  /** What was found in its place and not taken: the one before it goes on deciding. */
+  refused: { problem: string; hint: string; sinceMs: number } | undefined
+  /** How often something has been refused since the start. */
+  refusals: number
 }
 
 /** What `edgemesh.authz` is asked. The names are those of the policy's input. */
@@ -102,6 +118,7 @@ export type PolicyEngine = {
   explain(input: AuthzInput): Promise<RuleFinding[] | undefined> | RuleFinding[] | undefined
   /** Whether a question asked now would probably be answered: for /readyz. */
   ready(): boolean
+  status(): PolicyStatus
   /** Calls `listener` whenever another policy has taken over: what was decided before may no longer hold. */
   onRevision(listener: (revision: string) => void): void
   stop(): Promise<void>
@@ -127,12 +144,12 @@ const decisionDocument = z
   .refine(({ allow, reasons }) => allow === (reasons.length === 0), 'an allow has no reasons, a deny has some')
 
 /**
- * Reads what a policy answered. Nothing but a whole, well-formed document is a decision, least of all an allow: an
+ * Reads what the policy of that revision answered. Nothing but a whole, well-formed document is a decision, least of all an allow: an
  * undefined result, `"true"`, or an allow with reasons against it are faults.
  *
  * @throws {Fault} UNAVAILABLE, `POLICY_INVALID_RESULT`
  */
-export function parseDecision(document: unknown): PolicyDecision {
+export function parseDecision(document: unknown, revision: string): PolicyDecision {
   const parsed = decisionDocument.safeParse(document)
   if (!parsed.success) {
     throw new Fault('UNAVAILABLE', 'POLICY_INVALID_RESULT', 'the policy gave no usable answer, so nothing is allowed', {
@@ -140,7 +157,7 @@ export function parseDecision(document: unknown): PolicyDecision {
     })
   }
   const { allow, reasons, valid_for_seconds, clock_used } = parsed.data
-  return { allow, reasons, validForSeconds: valid_for_seconds, clockUsed: clock_used }
+  return { allow, reasons, validForSeconds: valid_for_seconds, clockUsed: clock_used, revision }
 }
 
 const findings = z

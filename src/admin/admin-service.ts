@@ -32,6 +32,7 @@ export type AdminDeps = {
     /** Names the policy that decides now. */
     revision(): string
     explain: PolicyEngine['explain']
+    status: PolicyEngine['status']
     engine: 'in-process' | 'opa-server'
   }
 }

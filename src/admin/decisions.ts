@@ -127,7 +127,8 @@ function decisionMessage({ question, ...row }: DecisionRow): DecisionMessage {
     action: question.action,
     allowed: question.allow,
     reasons: question.reasons,
-    policyRevision: row.policy_revision,
+    // While a policy is replaced, the questions of one message may be decided by different ones.
+    policyRevision: question.policyRevision ?? row.policy_revision,
     caller: row.caller,
     instanceId: row.instance_id,
     input: row.input ?? undefined,

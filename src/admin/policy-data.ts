@@ -1,6 +1,7 @@
 /** Which policy decides, and the data that it rests on: posture requirements and business hours. */
 import { z } from 'zod'
 import { PolicyData } from '../access/entities.ts'
+import type { PolicyStatus } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, LockMode } from '../db/orm.ts'
@@ -74,13 +75,22 @@ export function policyDataHandlers({
 }: {
   db: Database
   clock: Clock
-  policy: { revision(): string; engine: 'in-process' | 'opa-server' }
+  policy: { status(): PolicyStatus; engine: 'in-process' | 'opa-server' }
 }) {
   return {
     async getPolicyState(_request: GetPolicyStateRequest, call: Call): Promise<GetPolicyStateResponse> {
       call.audit.target = 'policy/data'
       const data = await db.em().findOneOrFail(PolicyData, theOnlyRow)
-      return { revision: policy.revision(), engine: policy.engine, data: policyDataMessage(data) }
+      const { revision, activatedAtMs, checkedAtMs, refused } = policy.status()
+      return {
+        revision,
+        engine: policy.engine,
+        data: policyDataMessage(data),
+        activatedAt: activatedAtMs === undefined ? undefined : new Date(activatedAtMs),
+        checkedAt: checkedAtMs === undefined ? undefined : new Date(checkedAtMs),
+        refused: refused && { problem: refused.problem, hint: refused.hint, since: new Date(refused.sinceMs) },
+        instanceId: call.instanceId,
+      }
     },
 
     async updatePolicyData(request: UpdatePolicyDataRequest, call: Call): Promise<UpdatePolicyDataResponse> {

@@ -5,7 +5,8 @@
  * hours of then included, so nothing but the policy differs. Memory stays bounded however many decisions there are: equal
  * flips (same question, same way, same reasons) are one line with a count, and lines beyond the most are only counted.
  */
-import type { AuthzInput, PolicyEngine } from '../access/policy-engine.ts'
+import type { AuthzInput } from '../access/policy-engine.ts'
+import type { CompiledPolicy } from '../access/policy-wasm.ts'
 import { type Decision, Decision as DecisionMessage } from '../gen/edgemesh/v1/admin.ts'
 
 /** What the other policy makes of one decision. */
@@ -20,10 +21,10 @@ export type Compared =
     }
   | { kind: 'undecided'; why: string }
 
-export async function compare(candidate: PolicyEngine, decision: Decision): Promise<Compared> {
+export function compare(candidate: CompiledPolicy, decision: Decision): Compared {
   if (!decision.input) return { kind: 'undecided', why: 'its facts are older than what is kept' }
   try {
-    const { allow, reasons } = await candidate.evaluate('authz', decision.input as unknown as AuthzInput)
+    const { allow, reasons } = candidate.evaluate('authz', decision.input as unknown as AuthzInput)
     if (allow === decision.allowed) return { kind: 'same' }
     const because = (allow ? decision.reasons : reasons).map(reason => reason.code)
     return { kind: 'flip', allowed: allow, because }

@@ -7,6 +7,7 @@ import { loadCandidate } from './candidate-policy.ts'
 import { decisionsAPage, wordOf } from './decision.ts'
 import { parseDuration } from './duration.ts'
 import { wholeNumber } from './option-values.ts'
+import { buildCommand } from './policy-build.ts'
 import { compare, flipJson, type Tally, tallyOf } from './policy-diff.ts'
 import { renderFacts, renderTable } from './table.ts'
 
@@ -15,12 +16,14 @@ export function policyCommand(): Command {
     .description('the policy that decides, and what another one would change')
     .addCommand(showCommand())
     .addCommand(diffCommand())
+    .addCommand(buildCommand())
     .addHelpText(
       'after',
       `
 Examples:
   edgemesh policy show
   edgemesh policy diff ./policies --since 24h
+  edgemesh policy build ./policies --out /etc/edgemesh/policy
 `,
     )
 }
@@ -41,9 +44,20 @@ Examples:
       withAdmin(options, async admin => {
         const state = await admin.call('getPolicyState', {})
         if (options.json) console.log(JSON.stringify(GetPolicyStateResponse.toJSON(state)))
-        else console.log(renderFacts({ revision: state.revision, engine: state.engine, ...dataFacts(state.data) }))
+        else console.log(renderFacts({ ...policyFacts(state), ...dataFacts(state.data) }))
       }),
     )
+}
+
+function policyFacts({ refused, ...state }: GetPolicyStateResponse): Record<string, string | Date | undefined> {
+  return {
+    revision: state.revision || 'none: nothing is decided',
+    engine: state.engine,
+    instance: state.instanceId || undefined,
+    'decides since': state.activatedAt,
+    'last checked': state.checkedAt,
+    ...(refused && { refused: refused.problem, 'refused since': refused.since, hint: refused.hint }),
+  }
 }
 
 function dataFacts(data: PolicyData | undefined): Record<string, string> {
@@ -84,7 +98,10 @@ function diffCommand(): Command {
     .description(
       'what would be decided otherwise if another policy did: asked of what is on record, before it is activated',
     )
-    .argument('<policy>', 'a folder of .rego, which needs opa on the path; or policy.wasm, or a folder with it')
+    .argument(
+      '<policy>',
+      'a folder of .rego, which needs opa on the path; or bundle.tar.gz or policy.wasm, or a folder with it',
+    )
     .option(
       '--since <duration>',
       'the decisions of the last so many hours or days',
@@ -111,7 +128,7 @@ Examples:
         const { revision } = await admin.call('getPolicyState', {})
         const tally = await runOver(admin, candidate, options)
         if (!options.json && tally.lines.size > 0) console.log(`${renderLines(tally)}\n`)
-        const summary = summaryOf(tally, { decides: revision, compared: candidate.revision() })
+        const summary = summaryOf(tally, { decides: revision, compared: candidate.revision })
         if (options.json) console.error(summary)
         else console.log(summary)
       })
@@ -132,7 +149,7 @@ async function runOver(
     const request = { ...filter, pageSize: decisionsAPage, pageToken }
     const { decisions, nextPageToken } = await admin.call('listDecisions', request)
     for (const decision of decisions) {
-      const compared = await compare(candidate, decision)
+      const compared = compare(candidate, decision)
       tally.add(decision, compared)
       if (options.json && compared.kind === 'flip') console.log(JSON.stringify(flipJson(decision, compared)))
     }

@@ -65,6 +65,7 @@ export type MetricSources = {
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
   decisionCache: () => { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<string, number> }
+  policy: () => PolicySource
   /** How far the change feed is behind. */
   feedLagSeconds: () => number
   /** Ends of the lives of authorities and of the server's certificate, ms since epoch, with what they are the ends of. */
@@ -74,6 +75,16 @@ export type MetricSources = {
 export type Expiry =
   | { of: 'root' | 'issuer'; generation: number; stage: string; atMs: number }
   | { of: 'server'; atMs: number }
+
+/** The policy that decides, and what came of the one that should. Revision empty: there is none. */
+export type PolicySource = {
+  engine: string
+  revision: string
+  activatedAtMs: number | undefined
+  checkedAtMs: number | undefined
+  refused: object | undefined
+  refusals: number
+}
 
 /** A label set beyond these counts under `other`: what callers can name must not grow without end. */
 const SERIES_MAX = 1_000
@@ -228,7 +239,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
   const { connectionsSuspended, revocationsUnacknowledged } = sources
-  const { pool, decisionCache, feedLagSeconds, expiries } = sources
+  const { pool, decisionCache, policy, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
     meter.createObservableGauge(name, { description }).addCallback(read)
@@ -286,12 +297,47 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
       each('cause', () => decisionCache().invalidations),
     )
   }
+  if (policy) watchPolicy(meter, policy)
   if (expiries) watchExpiries(meter, expiries)
   if (feedLagSeconds) {
     gauge('edgemesh_change_feed_lag_seconds', 'Age of the oldest change not seen yet', result =>
       result.observe(feedLagSeconds()),
     )
   }
+}
+
+/** A revision that has been replaced is not observed any more, and not shown: each instance has one. */
+function watchPolicy(meter: Meter, read: () => PolicySource): void {
+  function gauge(name: string, description: string, value: (policy: PolicySource) => number | undefined): void {
+    meter.createObservableGauge(name, { description }).addCallback(result => {
+      const now = value(read())
+      if (now !== undefined) result.observe(now)
+    })
+  }
+  meter
+    .createObservableGauge('edgemesh_policy_revision', {
+      description: 'Always 1; the label names the policy that decides',
+    })
+    .addCallback(result => {
+      const { revision, engine } = read()
+      if (revision) result.observe(1, { revision, engine })
+    })
+  gauge(
+    'edgemesh_policy_activated_timestamp_seconds',
+    'Since when the policy decides at this instance, Unix time',
+    ({ activatedAtMs }) => activatedAtMs && activatedAtMs / 1_000,
+  )
+  gauge(
+    'edgemesh_policy_last_checked_timestamp_seconds',
+    'When the policy that decides was last seen to be the one that should, Unix time',
+    ({ checkedAtMs }) => checkedAtMs && checkedAtMs / 1_000,
+  )
+  gauge('edgemesh_policy_refused', '1 while what was found in place of the policy is refused', ({ refused }) =>
+    refused ? 1 : 0,
+  )
+  meter
+    .createObservableCounter('edgemesh_policy_refusals_total', { description: 'Policies that were refused' })
+    .addCallback(result => result.observe(read().refusals))
 }
 
 /** What has gone is not observed any more, and neither shown: an authority that was forgotten raises no alarm. */

@@ -7,7 +7,7 @@ import fc from 'fast-check'
 import { type AccessQuestion, createDecider, type Decider } from '../../src/access/decide.ts'
 import { createFacts, type Facts, type Ground } from '../../src/access/facts.ts'
 import type { PolicyEngine } from '../../src/access/policy-engine.ts'
-import { startWasmPolicy } from '../../src/access/policy-wasm.ts'
+import { startShippedPolicy } from '../../src/access/policy-wasm.ts'
 import { type ChangeFeed, changeChannel, startChangeFeed } from '../../src/db/change-feed.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from '../support/postgres.ts'
@@ -18,7 +18,7 @@ const maxAgeMs = 300_000
 const start = Date.parse('2026-03-02T09:58:00Z')
 const shortHours = { timezone: 'UTC', days: ['mon'], start_minute: 597, end_minute: 600, exempt_roles: ['admin'] }
 
-const shipped = await startWasmPolicy()
+const shipped = await startShippedPolicy()
 const log = createLog({ level: 'silent' })
 
 /** Policies that an instance may be given: the shipped one, and such as deny more. */
@@ -38,9 +38,14 @@ function replaceablePolicy(): PolicyEngine & { use(policy: number): void } {
     revision: () => policy().revision,
     evaluate(entrypoint, input) {
       const decision = shipped.evaluate(entrypoint, input)
-      if (!('action' in input) || !policy().denies(input.action) || decision instanceof Promise) return decision
+      if (decision instanceof Promise) throw new Error('the shipped policy answers at once')
+      const { revision } = policy()
+      if (!('action' in input) || !policy().denies(input.action)) return { ...decision, revision }
       const reason = { code: 'NOT_NOW', field: 'action', actual: input.action, required: 'another', message: 'No.' }
-      return { ...decision, allow: false, reasons: [reason], validForSeconds: Math.min(60, decision.validForSeconds) }
+      return {
+        ...{ ...decision, revision, allow: false, reasons: [reason] },
+        validForSeconds: Math.min(60, decision.validForSeconds),
+      }
     },
     onRevision: listener => void listeners.push(listener),
     use(policy) {

@@ -53,7 +53,14 @@ export async function operator(t: ExecutionContext<unknown>) {
     clock: () => time.now,
     tokenSecret,
     authority,
-    policy: { revision: () => 'revision-1', explain: () => explanation, engine: 'in-process' },
+    policy: {
+      revision: () => 'revision-1',
+      explain: () => explanation,
+      engine: 'in-process',
+      status: () => ({
+        ...{ revision: 'revision-1', activatedAtMs: start, checkedAtMs: start, refused: undefined, refusals: 0 },
+      }),
+    },
   })
   return {
     db,

@@ -7,7 +7,7 @@ import { createDecider } from '../../src/access/decide.ts'
 import type { Facts, Ground } from '../../src/access/facts.ts'
 import type { AuthzInput, PolicyEngine } from '../../src/access/policy-engine.ts'
 import { startOpaPolicy } from '../../src/access/policy-server.ts'
-import { startWasmPolicy } from '../../src/access/policy-wasm.ts'
+import { startShippedPolicy } from '../../src/access/policy-wasm.ts'
 import { systemClock } from '../../src/clock.ts'
 import { AuthorizeServiceClient, type CheckResponse } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { createLog } from '../../src/telemetry/log.ts'
@@ -38,7 +38,7 @@ export async function* decidingTimes({ progress }: GroupOptions): AsyncGenerator
 }
 
 async function inProcess(): Promise<Row> {
-  const engine = await startWasmPolicy()
+  const engine = await startShippedPolicy()
   const inputs = recorded(engine)
   const { decide } = deciderOver(inputs.engine)
   const [ours, bare]: number[][] = [[], []]

@@ -159,7 +159,11 @@ test('what is no policy is told, and nothing is compared', async t => {
     for (const word of words) t.regex(stderr, word)
   }
   await refused(join(folder, 'absent'), /^error: there is nothing at .*absent$/m, /^hint: name a folder of \.rego/m)
-  await refused(folder, /^error: there is neither \.rego nor policy\.wasm in /m, /^hint: build one with: opa build/m)
+  await refused(
+    folder,
+    /^error: there is neither bundle\.tar\.gz nor policy\.wasm in /m,
+    /^hint: build one with: edgemesh policy build/m,
+  )
   writeFileSync(join(folder, 'policy.wasm'), 'no WebAssembly')
   await refused(folder, /^error: \S+policy\.wasm is no compiled policy: /m, /^hint: build one/m)
 })

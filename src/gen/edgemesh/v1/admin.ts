@@ -884,7 +884,31 @@ export interface GetPolicyStateResponse {
   revision: string;
   /** "in-process" or "opa-server". */
   engine: string;
-  data: PolicyData | undefined;
+  data:
+    | PolicyData
+    | undefined;
+  /** Since when it decides at the instance that answers. */
+  activatedAt:
+    | Date
+    | undefined;
+  /** When it was last seen to be the one that should decide. */
+  checkedAt:
+    | Date
+    | undefined;
+  /** Set while something has been put in its place that can not be used. */
+  refused:
+    | RefusedPolicy
+    | undefined;
+  /** Which instance answers: a new policy reaches each by its own way. */
+  instanceId: string;
+}
+
+/** A policy that was put in place and not taken; the one before it goes on deciding. */
+export interface RefusedPolicy {
+  problem: string;
+  /** How to mend it. */
+  hint: string;
+  since: Date | undefined;
 }
 
 export interface UpdatePolicyDataRequest {
@@ -9705,7 +9729,15 @@ export const GetPolicyStateRequest: MessageFns<GetPolicyStateRequest> = {
 };
 
 function createBaseGetPolicyStateResponse(): GetPolicyStateResponse {
-  return { revision: "", engine: "", data: undefined };
+  return {
+    revision: "",
+    engine: "",
+    data: undefined,
+    activatedAt: undefined,
+    checkedAt: undefined,
+    refused: undefined,
+    instanceId: "",
+  };
 }
 
 export const GetPolicyStateResponse: MessageFns<GetPolicyStateResponse> = {
@@ -9718,6 +9750,18 @@ export const GetPolicyStateResponse: MessageFns<GetPolicyStateResponse> = {
     }
     if (message.data !== undefined) {
       PolicyData.encode(message.data, writer.uint32(26).fork()).join();
+    }
+    if (message.activatedAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.activatedAt), writer.uint32(34).fork()).join();
+    }
+    if (message.checkedAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.checkedAt), writer.uint32(42).fork()).join();
+    }
+    if (message.refused !== undefined) {
+      RefusedPolicy.encode(message.refused, writer.uint32(50).fork()).join();
+    }
+    if (message.instanceId !== "") {
+      writer.uint32(58).string(message.instanceId);
     }
     return writer;
   },
@@ -9759,6 +9803,38 @@ export const GetPolicyStateResponse: MessageFns<GetPolicyStateResponse> = {
             message.data = PolicyData.decode(reader, reader.uint32());
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.activatedAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.checkedAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.refused = RefusedPolicy.decode(reader, reader.uint32());
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.instanceId = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -9782,6 +9858,18 @@ export const GetPolicyStateResponse: MessageFns<GetPolicyStateResponse> = {
     if (message.data !== undefined) {
       obj.data = PolicyData.toJSON(message.data);
     }
+    if (message.activatedAt !== undefined) {
+      obj.activatedAt = message.activatedAt.toISOString();
+    }
+    if (message.checkedAt !== undefined) {
+      obj.checkedAt = message.checkedAt.toISOString();
+    }
+    if (message.refused !== undefined) {
+      obj.refused = RefusedPolicy.toJSON(message.refused);
+    }
+    if (message.instanceId !== "") {
+      obj.instanceId = message.instanceId;
+    }
     return obj;
   },
 
@@ -9795,6 +9883,105 @@ export const GetPolicyStateResponse: MessageFns<GetPolicyStateResponse> = {
     message.data = (object.data !== undefined && object.data !== null)
       ? PolicyData.fromPartial(object.data)
       : undefined;
+    message.activatedAt = object.activatedAt ?? undefined;
+    message.checkedAt = object.checkedAt ?? undefined;
+    message.refused = (object.refused !== undefined && object.refused !== null)
+      ? RefusedPolicy.fromPartial(object.refused)
+      : undefined;
+    message.instanceId = object.instanceId ?? "";
+    return message;
+  },
+};
+
+function createBaseRefusedPolicy(): RefusedPolicy {
+  return { problem: "", hint: "", since: undefined };
+}
+
+export const RefusedPolicy: MessageFns<RefusedPolicy> = {
+  encode(message: RefusedPolicy, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.problem !== "") {
+      writer.uint32(10).string(message.problem);
+    }
+    if (message.hint !== "") {
+      writer.uint32(18).string(message.hint);
+    }
+    if (message.since !== undefined) {
+      Timestamp.encode(toTimestamp(message.since), writer.uint32(26).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RefusedPolicy {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRefusedPolicy();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.problem = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.hint = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.since = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: RefusedPolicy): unknown {
+    const obj: any = {};
+    if (message.problem !== "") {
+      obj.problem = message.problem;
+    }
+    if (message.hint !== "") {
+      obj.hint = message.hint;
+    }
+    if (message.since !== undefined) {
+      obj.since = message.since.toISOString();
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<RefusedPolicy>, I>>(base?: I): RefusedPolicy {
+    return RefusedPolicy.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<RefusedPolicy>, I>>(object: I): RefusedPolicy {
+    const message = createBaseRefusedPolicy();
+    message.problem = object.problem ?? "";
+    message.hint = object.hint ?? "";
+    message.since = object.since ?? undefined;
     return message;
   },
 };
