@@ -60,7 +60,7 @@ export function createDecider(options: {
 }): Decider {
   const { facts, engine, clock, onError } = options
   const verdicts = new LRUCache<string, Kept>({ max: verdictsMax })
-  const underWay = new Map<string, Promise<Verdict>>()
+  const underWay = new Map<string, { verdict: Promise<Verdict>; now: number }>()
   let hits = 0
   let misses = 0
   const invalidations = new Map(invalidationCauses.map(cause => [cause, 0]))
@@ -106,11 +106,13 @@ export function createDecider(options: {
     misses++
     const key = `${asked}\0${groundParts.map(part => ground[part].version).join()}\0${engine.revision()}`
     let evaluation = underWay.get(key)
-    if (!evaluation) {
-      evaluation = evaluate(asked, question, ground, now).finally(() => underWay.delete(key))
+    // One that began at a later time than it is now, since the clock was set back, is none that could be shared.
+    if (!evaluation || evaluation.now > now) {
+      const verdict = evaluate(asked, question, ground, now).finally(() => underWay.delete(key))
+      evaluation = { verdict, now }
       underWay.set(key, evaluation)
     }
-    return evaluation.then(verdict => ({ verdict, ground }))
+    return evaluation.verdict.then(verdict => ({ verdict, ground }))
   }
 
   return {

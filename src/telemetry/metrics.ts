@@ -89,6 +89,9 @@ export type PolicySource = {
 /** A label set beyond these counts under `other`: what callers can name must not grow without end. */
 const SERIES_MAX = 1_000
 
+/** Policies that one instance has had and that are observed still. */
+const REVISIONS_SHOWN_MAX = 20
+
 const DECISION_SECONDS = [
   0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 ]
@@ -306,7 +309,6 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   }
 }
 
-/** A revision that has been replaced is not observed any more, and not shown: each instance has one. */
 function watchPolicy(meter: Meter, read: () => PolicySource): void {
   function gauge(name: string, description: string, value: (policy: PolicySource) => number | undefined): void {
     meter.createObservableGauge(name, { description }).addCallback(result => {
@@ -314,13 +316,20 @@ function watchPolicy(meter: Meter, read: () => PolicySource): void {
       if (now !== undefined) result.observe(now)
     })
   }
+  // What is not observed keeps its last value: a policy that has been replaced is told to be 0, once at least.
+  const replaced = new Set<string>()
   meter
     .createObservableGauge('edgemesh_policy_revision', {
-      description: 'Always 1; the label names the policy that decides',
+      description: '1 for the policy that decides, which the label names; 0 for those before it',
     })
     .addCallback(result => {
       const { revision, engine } = read()
-      if (revision) result.observe(1, { revision, engine })
+      replaced.delete(revision)
+      for (const before of replaced) result.observe(0, { revision: before, engine })
+      if (!revision) return
+      result.observe(1, { revision, engine })
+      replaced.add(revision)
+      if (replaced.size > REVISIONS_SHOWN_MAX) replaced.delete([...replaced][0]!)
     })
   gauge(
     'edgemesh_policy_activated_timestamp_seconds',

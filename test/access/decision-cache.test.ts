@@ -2,59 +2,123 @@
  * The decision cache against an oracle that keeps nothing: two instances on one database, whatever happens to facts, data of
  * the policy, policies and clocks. Never is something allowed that the oracle denies.
  */
+import { setImmediate } from 'node:timers/promises'
 import test from 'ava'
 import fc from 'fast-check'
-import { type AccessQuestion, createDecider, type Decider } from '../../src/access/decide.ts'
+import { type AccessQuestion, createDecider, type Decider, type Verdict } from '../../src/access/decide.ts'
+import type { BusinessHours } from '../../src/access/entities.ts'
 import { createFacts, type Facts, type Ground } from '../../src/access/facts.ts'
-import type { PolicyEngine } from '../../src/access/policy-engine.ts'
+import type { AuthzInput, PolicyDecision, PolicyEngine } from '../../src/access/policy-engine.ts'
 import { startShippedPolicy } from '../../src/access/policy-wasm.ts'
 import { type ChangeFeed, changeChannel, startChangeFeed } from '../../src/db/change-feed.ts'
+import { Fault } from '../../src/fault.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from '../support/postgres.ts'
 
-const runs = 15
+const runs = 25
 const maxAgeMs = 300_000
+
+type Beginning = { at: number; hours: BusinessHours; isRemote: boolean }
+
 /** A Monday, within hours that are shorter than a report is fresh: they have begun a minute ago, and end in two. */
 const start = Date.parse('2026-03-02T09:58:00Z')
-const shortHours = { timezone: 'UTC', days: ['mon'], start_minute: 597, end_minute: 600, exempt_roles: ['admin'] }
+const shortHours: BusinessHours = {
+  timezone: 'UTC',
+  days: ['mon'],
+  start_minute: 597,
+  end_minute: 600,
+  exempt_roles: ['admin'],
+}
+const berlin = { ...shortHours, timezone: 'Europe/Berlin', days: ['sun' as const] }
+
+/** When it begins, and by which hours. Twice a year an hour of the clock is left out, or comes again. */
+const beginnings: Omit<Beginning, 'isRemote'>[] = [
+  { at: start, hours: shortHours },
+  // 01:58, two minutes before it is 03:00; the hours end at 03:01.
+  { at: Date.parse('2026-03-29T00:58:00Z'), hours: { ...berlin, start_minute: 0, end_minute: 181 } },
+  // 02:58, two minutes before it is 02:00 again; the hours are from 02:15 on.
+  { at: Date.parse('2026-10-25T00:58:00Z'), hours: { ...berlin, start_minute: 135, end_minute: 1_440 } },
+  // A minute before midnight, after which it is a Sunday.
+  { at: Date.parse('2026-03-07T22:59:00Z'), hours: { ...berlin, days: ['sat'], start_minute: 0, end_minute: 1_440 } },
+]
 
 const shipped = await startShippedPolicy()
 const log = createLog({ level: 'silent' })
 
-/** Policies that an instance may be given: the shipped one, and such as deny more. */
-const policies = [
-  { revision: 'shipped', denies: () => false },
-  { revision: 'nobody writes', denies: (action: string) => action === 'write' },
-  { revision: 'nobody does anything', denies: () => true },
-]
+/** A policy that an instance may be given: the shipped one, and what it denies besides. */
+type Candidate = {
+  revision: string
+  deniesAction: string | undefined
+  deniesUser: string | undefined
+  /** Denies from this minute of the hour on, and says so in time: a clock of its own, beside that of the hours. */
+  closesAtMinute: number | undefined
+  /** How long it lets an answer be used at most. */
+  validSecondsMax: number
+}
 
-/** The policy of one instance, which can be replaced. */
-function replaceablePolicy(): PolicyEngine & { use(policy: number): void } {
+const shippedAlone: Candidate = {
+  revision: 'shipped',
+  deniesAction: undefined,
+  deniesUser: undefined,
+  closesAtMinute: undefined,
+  validSecondsMax: 3_600,
+}
+
+/** The policy of one instance, which can be replaced. A remote one answers later, by what it was when it was asked. */
+function replaceablePolicy(isRemote = false): PolicyEngine & { use(candidate: Candidate): void } {
   const listeners: ((revision: string) => void)[] = []
-  let at = 0
-  const policy = () => policies[at] as (typeof policies)[number]
+  let active = shippedAlone
   return {
     ...shipped,
-    revision: () => policy().revision,
+    revision: () => active.revision,
     evaluate(entrypoint, input) {
       const decision = shipped.evaluate(entrypoint, input)
       if (decision instanceof Promise) throw new Error('the shipped policy answers at once')
-      const { revision } = policy()
-      if (!('action' in input) || !policy().denies(input.action)) return { ...decision, revision }
-      const reason = { code: 'NOT_NOW', field: 'action', actual: input.action, required: 'another', message: 'No.' }
-      return {
-        ...{ ...decision, revision, allow: false, reasons: [reason] },
-        validForSeconds: Math.min(60, decision.validForSeconds),
-      }
+      const decided = 'action' in input ? decideBesides(active, input, decision) : decision
+      return isRemote ? later(decided) : decided
     },
     onRevision: listener => void listeners.push(listener),
-    use(policy) {
-      if (policy === at) return
-      at = policy
-      for (const listener of listeners) listener(policies[at]?.revision ?? '')
+    use(candidate) {
+      if (candidate.revision === active.revision) return
+      active = candidate
+      for (const listener of listeners) listener(candidate.revision)
     },
   }
 }
+
+async function later(decision: PolicyDecision): Promise<PolicyDecision> {
+  for (let turn = 0; turn < 4; turn++) await setImmediate()
+  return decision
+}
+
+function decideBesides(candidate: Candidate, input: AuthzInput, decision: PolicyDecision): PolicyDecision {
+  const { revision, deniesAction, deniesUser, closesAtMinute, validSecondsMax } = candidate
+  const minuteOfHour = input.time.minute % 60
+  const closesIn =
+    closesAtMinute === undefined
+      ? Number.POSITIVE_INFINITY
+      : (minuteOfHour < closesAtMinute ? closesAtMinute - minuteOfHour : 60 - minuteOfHour) * 60 - input.time.second
+  const isClosed = closesAtMinute !== undefined && minuteOfHour >= closesAtMinute
+  const isDenied = isClosed || input.action === deniesAction || input.user?.id === deniesUser
+  const reason = { code: 'NOT_NOW', field: 'action', actual: input.action, required: 'another', message: 'No.' }
+  const allow = decision.allow && !isDenied
+  return {
+    allow,
+    reasons: isDenied ? [...decision.reasons, reason] : decision.reasons,
+    validForSeconds: Math.min(decision.validForSeconds, validSecondsMax, closesIn, allow ? 3_600 : 60),
+    clockUsed: decision.clockUsed || closesAtMinute !== undefined,
+    revision,
+  }
+}
+
+const candidate: fc.Arbitrary<Candidate> = fc
+  .record({
+    deniesAction: fc.constantFrom(undefined, undefined, 'write', 'connect'),
+    deniesUser: fc.constantFrom(undefined, undefined, 'eve'),
+    closesAtMinute: fc.constantFrom(undefined, undefined, 1, 30, 59),
+    validSecondsMax: fc.constantFrom(3_600, 3_600, 60, 1),
+  })
+  .map(rules => ({ ...rules, revision: JSON.stringify(rules) }))
 
 type Instance = { facts: Facts; decider: Decider; engine: ReturnType<typeof replaceablePolicy>; feed: ChangeFeed }
 
@@ -129,6 +193,10 @@ const question: fc.Arbitrary<AccessQuestion> = fc.record({
   action: fc.constantFrom('connect', 'write'),
 })
 
+const beginning: fc.Arbitrary<Beginning> = fc
+  .record({ of: fc.constantFrom(...beginnings), isRemote: fc.boolean() })
+  .map(({ of, isRemote }) => ({ ...of, isRemote }))
+
 const instance = fc.constantFrom(0, 1)
 
 const event = fc.oneof(
@@ -144,12 +212,12 @@ const event = fc.oneof(
     }),
   },
   { weight: 2, arbitrary: fc.record({ kind: fc.constant('quiet report' as const), device, instance }) },
-  { weight: 1, arbitrary: fc.record({ kind: fc.constant('policy' as const), instance, policy: fc.nat(2) }) },
+  { weight: 2, arbitrary: fc.record({ kind: fc.constant('policy' as const), instance, candidate }) },
   {
     weight: 3,
     arbitrary: fc.record({
       kind: fc.constant('time' as const),
-      seconds: fc.constantFrom(1, 59, 121, 240, 299, 300, 600, 7_200, -1, -61, -120),
+      seconds: fc.constantFrom(0.9, 1, 59, 119.999, 121, 240, 299, 300, 600, 3_600, 7_200, -0.5, -1, -61, -120, -3_600),
     }),
   },
 )
@@ -192,10 +260,20 @@ test('whatever changes, at two instances nothing is allowed that a server withou
   let markers = 0
   const awaited = feeds.map(() => new Map<string, () => void>())
 
-  function startInstance(feed: ChangeFeed): Instance {
-    const engine = replaceablePolicy()
+  function startInstance(feed: ChangeFeed, isRemote: boolean): Instance {
+    const engine = replaceablePolicy(isRemote)
     const facts = createFacts({ pool: db.pool, feed, maxAgeMs, clock: () => time })
     return { feed, facts, engine, decider: createDecider({ facts, engine, clock: () => time, onError: 'deny' }) }
+  }
+
+  /** undefined where it has none: by the time that a remote policy has answered, its answer may be over. */
+  async function answer({ decider }: Instance, question: AccessQuestion): Promise<Verdict | undefined> {
+    try {
+      return (await decider.decide(question)).verdict
+    } catch (error) {
+      if (error instanceof Fault && error.code === 'UNAVAILABLE') return undefined
+      throw error
+    }
   }
 
   /** Everything read and decided anew, under the policy that the instance has now. */
@@ -209,9 +287,9 @@ test('whatever changes, at two instances nothing is allowed that a server withou
 
   async function happen(what: typeof event extends fc.Arbitrary<infer E> ? E : never, instances: Instance[]) {
     if (what.kind === 'change') return commit(what.change)
-    if (what.kind === 'policy') return instances[what.instance]?.engine.use(what.policy)
+    if (what.kind === 'policy') return instances[what.instance]?.engine.use(what.candidate)
     if (what.kind === 'time') {
-      time += what.seconds * 1_000
+      time += Math.round(what.seconds * 1_000)
       return
     }
     const id = what.device
@@ -240,8 +318,8 @@ test('whatever changes, at two instances nothing is allowed that a server withou
   }
 
   /** Everybody may do everything in these hours, until something happens. */
-  async function begin(): Promise<Instance[]> {
-    time = start
+  async function begin({ at, hours, isRemote }: Beginning): Promise<Instance[]> {
+    time = at
     await db.pool.query('delete from devices; delete from users; delete from services; delete from role_grants')
     await db.pool.query(`insert into users (id, email, name, role, status, created_at)
       select id, id || '@example.com', '', 'engineer', 'active', now() from unnest(array['ada', 'eve']) as id`)
@@ -249,9 +327,9 @@ test('whatever changes, at two instances nothing is allowed that a server withou
       select id, '', '{}', '', 'active', now() from unnest(array['orders', 'mail']) as id`)
     await db.pool.query(`insert into role_grants (role, service, actions, created_at)
       select role, '*', '["*"]', now() from unnest(array['engineer', 'admin']) as role`)
-    await db.pool.query('update policy_data set hours = $1', [JSON.stringify(shortHours)])
+    await db.pool.query('update policy_data set hours = $1', [JSON.stringify(hours)])
     for (const id of ['alpha', 'beta']) await commit(report(id, true, 10))
-    return feeds.map(startInstance)
+    return feeds.map(feed => startInstance(feed, isRemote))
   }
 
   // All that listen to a feed have heard of a change before anybody who awaits it goes on.
@@ -262,25 +340,28 @@ test('whatever changes, at two instances nothing is allowed that a server withou
   })
 
   await fc.assert(
-    fc.asyncProperty(fc.array(step, { minLength: 4, maxLength: 10 }), async steps => {
-      const instances = await begin()
+    fc.asyncProperty(beginning, fc.array(step, { minLength: 4, maxLength: 10 }), async (beginning, steps) => {
+      const instances = await begin(beginning)
       for (const { event, meanwhile, questions, part } of steps) {
         const underWay = instances.flatMap(({ decider }) => meanwhile.map(question => decider.decide(question)))
+        await setImmediate()
         await happen(event, instances)
-        await Promise.all(underWay)
         for (const question of [...questions, ...meanwhile]) {
           for (const [at, instance] of instances.entries()) {
-            const { verdict } = await instance.decider.decide(question)
+            const verdict = await answer(instance, question)
             const now = await oracle(question, instance, time)
-            if (verdict.allow && !now) t.fail(`instance ${at} allows what is denied: ${JSON.stringify(question)}`)
-            if (!verdict.allow) continue
+            if (!verdict?.allow) continue
+            if (!now) t.fail(`instance ${at} allows what is denied: ${JSON.stringify(question)}`)
             counts.allowed++
             const until = verdict.expiresAtMs - 1
-            const later = Math.floor(time + (until - time) * part)
-            const holds = await oracle(question, instance, later)
-            if (!holds) t.fail(`instance ${at} says that it holds for longer than it does: ${JSON.stringify(question)}`)
+            for (const later of [until, Math.floor(time + (until - time) * part)]) {
+              const holds = await oracle(question, instance, later)
+              if (!holds)
+                t.fail(`instance ${at} says that it holds for longer than it does: ${JSON.stringify(question)}`)
+            }
           }
         }
+        await Promise.allSettled(underWay)
       }
       for (const { decider } of instances) counts.hits += decider.stats().hits
     }),
@@ -323,7 +404,7 @@ test('a verdict that can not be used again is counted under what has ended it', 
     expected[part] = 1
     t.deepEqual(await counted(), expected)
   }
-  engine.use(1)
+  engine.use({ ...shippedAlone, revision: 'another' })
   t.deepEqual(await counted(), { ...expected, revision: 1 })
   // A denial holds for a minute; and a clock that is set back is before all that was decided.
   time += 60_000
