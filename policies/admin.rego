@@ -10,6 +10,8 @@ allow_seconds := 3600
 
 deny_seconds := 60
 
+# METADATA
+# entrypoint: true
 decision := {
 	"allow": true,
 	"reasons": [],
@@ -49,8 +51,8 @@ role := input.operator.role if is_string(input.operator.role)
 permitted_roles contains "admin"
 
 permitted_roles contains some_role if {
-	some some_role in {"operator", "auditor"}
 	is_string(input.method)
+	some some_role in {"operator", "auditor"}
 	some verb in {"List", "Get", "Search", "Tail"}
 	startswith(input.method, verb)
 }

@@ -17,6 +17,8 @@ allow_seconds_max := 3600
 
 deny_seconds_max := 60
 
+# METADATA
+# entrypoint: true
 decision := {
 	"allow": true,
 	"reasons": [],
@@ -41,13 +43,13 @@ allow if {
 	device_is_authenticated
 	health_is_known
 	health_is_fresh
-	every item, _ in required_states { state_is_met(item) }
-	every item, _ in limits { limit_is_met(item) }
 	user_is_active
 	service_is_active
 	action_is_named
 	role_is_granted
 	clock_permits
+	every item, _ in required_states { state_is_met(item) }
+	every item, _ in limits { limit_is_met(item) }
 }
 
 # Sorted by code, then field, so that equal decisions are equal texts.
@@ -164,13 +166,13 @@ state_is_met(item) if {
 }
 
 refusals contains reason(
-	required_states[item].code, concat(".", ["device.health", item]),
+	state.code, concat(".", ["device.health", item]),
 	object.get(input.device.health, item, null), true,
-	required_states[item].message,
+	state.message,
 ) if {
-	some item, _ in required_states
-	input.requirements[item] == true
 	is_object(input.device.health)
+	some item, state in required_states
+	input.requirements[item] == true
 	not state_is_met(item)
 }
 
@@ -204,14 +206,14 @@ limit_is_met(item) if {
 }
 
 refusals contains reason(
-	limits[item].code, concat(".", ["device.health", item]),
+	limit.code, concat(".", ["device.health", item]),
 	object.get(input.device.health, item, null), concat(" ", ["<", text(most)]),
-	limits[item].message,
+	limit.message,
 ) if {
-	some item, _ in limits
-	most := input.requirements[limits[item].requirement]
-	is_number(most)
 	is_object(input.device.health)
+	some item, limit in limits
+	most := input.requirements[limit.requirement]
+	is_number(most)
 	not limit_is_met(item)
 }
 

@@ -1,10 +1,12 @@
 # What does each rule make of a question, those included that it meets?
 #
-# Ask for `data.edgemesh.authz.explanation`: every statement of `allow` with the fact that it looks at, what that is, what
-# it would have to be, and whether the statement holds. A question is allowed when all of them hold. The decision itself
-# never comes here, so explaining costs only who asks for it.
+# Ask for `data.edgemesh.authz.explanation`: every statement of `allow` with the fact that it looks at, what that is,
+# what it would have to be, and whether the statement holds. A question is allowed when all of them hold. The decision
+# itself never comes here, so explaining costs only who asks for it.
 package edgemesh.authz
 
+# METADATA
+# entrypoint: true
 explanation := [finding |
 	some rule in rules
 	finding := {
