@@ -1,6 +1,6 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { parseEnv } from 'node:util'
 import test from 'ava'
 import fc from 'fast-check'
@@ -179,4 +179,18 @@ test('the reference names each variable once, with its meaning', t => {
   t.is(new Set(SETTINGS_REFERENCE.map(({ name }) => name)).size, SETTINGS_REFERENCE.length)
   t.true(SETTINGS_REFERENCE.every(({ meaning }) => meaning !== ''))
   t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'OPA_TIMEOUT')!, { default: '5', unit: 'seconds' })
+})
+
+test('a folder of the policy is made absolute, and is of no use beside OPA', t => {
+  const { policy } = readSettings({ ...SECRETS, POLICY_BUNDLE_DIR: 'policy' })
+  t.deepEqual(policy, { bundleDir: resolve('policy'), onError: 'deny' })
+  t.is(readSettings(SECRETS).policy.bundleDir, undefined)
+  const error = t.throws(
+    () => readSettings({ ...SECRETS, POLICY_BUNDLE_DIR: '/etc/policy', OPA_URL: 'http://localhost:8181' }),
+    { instanceOf: SettingsError },
+  )
+  t.deepEqual(
+    error?.problems.map(({ variable }) => variable),
+    ['POLICY_BUNDLE_DIR'],
+  )
 })

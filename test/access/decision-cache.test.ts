@@ -372,19 +372,83 @@ test('whatever changes, at two instances nothing is allowed that a server withou
   t.true(counts.hits > 0 && counts.allowed > 0)
 })
 
+/** A decider over facts that stay as they are, with nobody and nothing in them. */
+function deciderOver(engine: PolicyEngine, clock: () => number, hours: BusinessHours | null = null) {
+  let version = 0
+  const fact = <V>(value: V) => ({ version: ++version, loadedAt: start, value })
+  const ground = {
+    device: fact(undefined),
+    user: fact(undefined),
+    service: fact(undefined),
+    grants: fact(new Map()),
+    policy: fact({ requirements: nothingRequired, hours }),
+  }
+  const facts = { ground: async () => ground, maxAgeMs } as unknown as Facts
+  return createDecider({ facts, engine, clock, onError: 'deny' })
+}
+
+const nothingRequired = {
+  ...{ patches_current: false, antivirus_enabled: false, disk_encrypted: false, firewall_enabled: false },
+  ...{ cpu_percent_max: null, memory_percent_max: null, disk_percent_max: null },
+}
+
+test('of identical questions that are asked at the same time, one is put to the policy', async t => {
+  let asked = 0
+  const policy = replaceablePolicy(true)
+  const engine: PolicyEngine = {
+    ...policy,
+    evaluate(entrypoint, input) {
+      asked++
+      return policy.evaluate(entrypoint, input)
+    },
+  }
+  const { decide } = deciderOver(engine, () => start)
+  const question = { deviceId: 'alpha', user: 'ada', service: 'orders', action: 'connect' }
+  const verdicts = await Promise.all(Array.from({ length: 100 }, () => decide(question)))
+  t.is(asked, 1)
+  t.is(new Set(verdicts.map(({ verdict }) => verdict)).size, 1)
+  await Promise.all([decide({ ...question, action: 'write' }), decide({ ...question, user: 'eve' })])
+  t.is(asked, 3)
+})
+
+test('an allow that is over before it arrives is none', async t => {
+  let time = start
+  const allowed = { allow: true, reasons: [], validForSeconds: 1, clockUsed: true, revision: 'shipped' }
+  const engine: PolicyEngine = {
+    ...replaceablePolicy(),
+    async evaluate() {
+      time += 2_000
+      return allowed
+    },
+  }
+  const question = { deviceId: 'alpha', user: 'ada', service: 'orders', action: 'connect' }
+  const decider = deciderOver(engine, () => time)
+  const fault = await t.throwsAsync(decider.decide(question), { instanceOf: Fault, message: /so nothing is allowed$/ })
+  t.like(fault, { code: 'UNAVAILABLE', reason: 'POLICY_UNAVAILABLE', retryAfterMs: 1_000 })
+  t.is(decider.stats().entries, 0)
+})
+
+test('what is decided is kept up to a bound, the least used going first', async t => {
+  const { decide, stats } = deciderOver(replaceablePolicy(), () => start)
+  const ask = (user: number) =>
+    decide({ deviceId: 'alpha', user: `user-${user}`, service: 'orders', action: 'connect' })
+  for (let user = 0; user <= 50_000; user++) await ask(user)
+  t.is(stats().entries, 50_000)
+  await ask(50_000)
+  t.is(stats().hits, 1)
+  await ask(0)
+  t.is(stats().hits, 1)
+})
+
 test('a verdict that can not be used again is counted under what has ended it', async t => {
   let [time, version] = [start, 0]
   const fact = <V>(value: V) => ({ version: ++version, loadedAt: start, value })
-  const requirements = {
-    ...{ patches_current: false, antivirus_enabled: false, disk_encrypted: false, firewall_enabled: false },
-    ...{ cpu_percent_max: null, memory_percent_max: null, disk_percent_max: null },
-  }
   let ground: Ground = {
     device: fact(undefined),
     user: fact(undefined),
     service: fact(undefined),
     grants: fact(new Map()),
-    policy: fact({ requirements, hours: null }),
+    policy: fact({ requirements: nothingRequired, hours: null }),
   }
   const engine = replaceablePolicy()
   const facts = { ground: async () => ground, maxAgeMs } as unknown as Facts

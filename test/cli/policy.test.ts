@@ -1,4 +1,4 @@
-import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
@@ -227,4 +227,72 @@ test('a tally loses no decision, however many there are and however few lines it
       t.is(listed + tally.unlisted, tally.denied + tally.allowed)
     }),
   )
+})
+
+test(
+  'a policy is built into a folder, replaces the one that is there at once, and is compared by the same name',
+  withOpa,
+  async t => {
+    const { edgemesh } = scene()
+    const rego = changedPolicy(t, ['actual < most', 'actual < most - 75'])
+    cpSync(join(policyDirectory, 'admin.rego'), join(rego, 'admin.rego'))
+    const out = join(temporaryFolder(t), 'not-there-yet')
+    const built = await edgemesh('policy', 'build', rego, '--out', out, '--json')
+    t.is(built.exitCode, 0, built.stderr)
+    const { revision, file, bytes } = JSON.parse(built.stdout)
+    t.is(file, join(out, 'bundle.tar.gz'))
+    t.is(bytes, readFileSync(file).length)
+    t.deepEqual(readdirSync(out), ['bundle.tar.gz'])
+    for (const policy of [out, file, rego]) {
+      const { stdout, stderr } = await edgemesh('policy', 'diff', policy, '--device', 'laptop-7')
+      t.regex(stdout, new RegExp(`^policy compared +${revision}$`, 'm'), stderr)
+    }
+    const again = await edgemesh('policy', 'build', policyDirectory, '--out', out)
+    t.regex(again.stdout, /^revision +[0-9a-f]{12}\nfile +\S+bundle\.tar\.gz\nbytes +\d+$/m)
+    t.notRegex(again.stdout, new RegExp(revision))
+  },
+)
+
+test('a policy that is not usable is not built, and the one that is there stays', withOpa, async t => {
+  const { edgemesh } = scene()
+  const out = temporaryFolder(t)
+  const refused = async (rego: string, error: RegExp, hint: RegExp) => {
+    const { exitCode, stdout, stderr } = await edgemesh('policy', 'build', rego, '--out', out)
+    t.is(exitCode, 1)
+    t.is(stdout, '')
+    t.regex(stderr, error)
+    t.regex(stderr, hint)
+    t.deepEqual(readdirSync(out), [])
+  }
+  await refused(join(out, 'absent'), /^error: there is no \.rego in /m, /^hint: name the folder with authz\.rego/m)
+  const alone = changedPolicy(t)
+  await refused(
+    alone,
+    /^error: opa can not compile /m,
+    /^hint: who may administer is policy too: copy policies\/admin/m,
+  )
+  const lax = temporaryFolder(t)
+  cpSync(join(policyDirectory, 'admin.rego'), join(lax, 'admin.rego'))
+  const decision = '{"allow": true, "reasons": [], "valid_for_seconds": 60, "clock_used": false}'
+  writeFileSync(join(lax, 'authz.rego'), `package edgemesh.authz\ndecision := ${decision}\n`)
+  await refused(
+    lax,
+    /^error: \S+ allows an empty question .*, and so anything$/m,
+    /^hint: begin with "default allow := false"/m,
+  )
+  t.is((await edgemesh('policy', 'build', policyDirectory)).exitCode, 2)
+
+  const shipped = temporaryFolder(t)
+  cpSync(bundle, shipped, { recursive: true })
+  const beside = await edgemesh('policy', 'build', policyDirectory, '--out', shipped)
+  t.is(beside.exitCode, 1)
+  t.regex(beside.stderr, /^error: there is a policy\.wasm in .*, and only one policy can decide$/m)
+})
+
+test('policy show tells which policy decides at which instance, and since when', async t => {
+  const { edgemesh, mesh } = scene()
+  const { stdout } = await edgemesh('policy', 'show')
+  t.regex(stdout, /^revision +[0-9a-f]{12}$/m)
+  t.regex(stdout, new RegExp(`^instance +${mesh.server.instanceId}$`, 'm'))
+  t.regex(stdout, /^decides since +\d{4}-\d\d-\d\dT[\d:]+Z\nlast checked +\d{4}-/m)
 })

@@ -1,3 +1,7 @@
+import { once } from 'node:events'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { json } from 'node:stream/consumers'
 import test, { type ExecutionContext } from 'ava'
 import { authorizations, heartbeats } from '../support/device.ts'
 import { eventually, healthy, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
@@ -87,4 +91,46 @@ test("a broken policy is told by readiness, metrics and the operator's tools of 
   t.regex(metrics, /^edgemesh_policy_last_checked_timestamp_seconds \d+/m)
   t.is((await unary(first.admin, 'getPolicyState', {})).refused, undefined)
   for (const { access } of devices) t.true((await access.ask('ada', 'payroll')).allowed)
+})
+
+test('what was allowed by a policy that is replaced meanwhile is decided anew', async t => {
+  const allowed = { allow: true, reasons: [], valid_for_seconds: 3_600, clock_used: false }
+  const reason = { code: 'NOT_ANY_MORE', field: 'user', actual: 'ada', required: 'nobody', message: 'No.' }
+  const denied = { ...allowed, allow: false, reasons: [reason], valid_for_seconds: 60 }
+  let revision = 'r1'
+  let holds = false
+  /** Questions that the second policy has been asked. */
+  let askedSince = 0
+  const opa = createServer(async (request, response) => {
+    const { input } = (await json(request)) as { input: { operator?: object; user?: { id: string } | null } }
+    const isOfAda = input.user?.id === 'ada'
+    const usable = input.operator || input.user ? allowed : denied
+    if (holds && isOfAda) {
+      // Asked under the first policy, and answered when all have heard of the second one.
+      holds = false
+      revision = 'r2'
+      await eventually('the second policy has been looked at', () => askedSince >= 10)
+      response.end(JSON.stringify({ result: allowed, provenance: { bundles: { main: { revision: 'r1' } } } }))
+      return
+    }
+    if (revision === 'r2') askedSince++
+    const result = revision === 'r2' && isOfAda ? denied : usable
+    response.end(JSON.stringify({ result, provenance: { bundles: { main: { revision } } } }))
+  }).listen(0, '127.0.0.1')
+  await once(opa, 'listening')
+  t.teardown(() => {
+    opa.closeAllConnections()
+    opa.close()
+  })
+  const mesh = await startEdgeMesh(t, { OPA_URL: `http://127.0.0.1:${(opa.address() as AddressInfo).port}` })
+  await unary(mesh.admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: 'Ada', role: 'admin' })
+  await unary(mesh.admin, 'createService', { id: 'payroll', name: '', labels: {}, owner: '', roles: [] })
+  const device = await mesh.enroll()
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  holds = true
+  const answer = await access.ask('ada', 'payroll')
+  const last = answer.allowed ? await access.revocationOf(answer.connectionId) : answer
+  t.is(last.policyRevision, 'main@r2')
+  t.is(last.reasons[0]?.code, 'NOT_ANY_MORE')
 })
