@@ -423,7 +423,10 @@ test('an allow that is over before it arrives is none', async t => {
   }
   const question = { deviceId: 'alpha', user: 'ada', service: 'orders', action: 'connect' }
   const decider = deciderOver(engine, () => time)
-  const fault = await t.throwsAsync(decider.decide(question), { instanceOf: Fault, message: /so nothing is allowed$/ })
+  const fault = await t.throwsAsync(async () => decider.decide(question), {
+    instanceOf: Fault,
+    message: /so nothing is allowed$/,
+  })
   t.like(fault, { code: 'UNAVAILABLE', reason: 'POLICY_UNAVAILABLE', retryAfterMs: 1_000 })
   t.is(decider.stats().entries, 0)
 })
