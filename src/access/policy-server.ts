@@ -248,7 +248,7 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
     evaluate,
     explain: async input => parseExplanation((await answerOf('explanation', input)).result),
     status: () => ({
-      revision,
+      revision: activatedAtMs === undefined ? '' : revision,
       activatedAtMs,
       checkedAtMs,
       refused: refused && { problem: refused.problem, hint: refused.hint, sinceMs: refused.sinceMs },

@@ -109,7 +109,7 @@ test.serial('a decision is listed, and shown with the facts of then, though they
   await mesh.pool.query(
     `insert into decisions (at, id, device_id, caller, method, source_address, instance_id, policy_revision, latency_us, questions)
      select at, '00000000-0000-4000-8000-000000000001', device_id, caller, method, source_address, instance_id, 'older',
-       latency_us, questions from decisions where id = $1`,
+       latency_us, jsonb_build_array((questions -> 0) - 'policyRevision') from decisions where id = $1`,
     [asked.decisionId.split('.')[0]],
   )
   const older = await edgemesh('decision', 'show', '00000000-0000-4000-8000-000000000001.0')
