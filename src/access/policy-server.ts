@@ -150,6 +150,8 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
     if (decision.revision !== revision || !proven.has(decision.revision)) {
       const looked = look()
       if (!proven.has(decision.revision)) await looked
+      // The look that was under way had begun before there was this policy.
+      if (!proven.has(named ?? revision)) await look()
     }
     const decidedBy = named ?? revision
     if (refused || !proven.has(decidedBy)) throw unavailable('has a policy that can not be used')
@@ -181,6 +183,7 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
     } catch (error) {
       if (isStopped) return
       if (error instanceof UnusablePolicy && found !== undefined) return refuse(error, found)
+      if (error instanceof Fault) return refuse(stumbling(error), found ?? revision)
       if (isAnswering !== false) log.warn({ url: base.origin, err: error }, 'policy server does not answer')
       isAnswering = false
       return
@@ -264,6 +267,11 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
       await pool.destroy()
     },
   }
+}
+
+function stumbling({ message }: Fault): UnusablePolicy {
+  const hint = 'see the log of OPA, and whether OPA_URL is the address of one'
+  return new UnusablePolicy(`an empty question has no answer: ${message}`, hint)
 }
 
 /** A fault is about one question, such as an answer that is too long; it must not shut everyone else out. */

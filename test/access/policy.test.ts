@@ -436,9 +436,10 @@ test('an answer is under the name of the policy that gave it, and a policy that 
 })
 
 test('a policy in OPA that would allow anything allows nothing, and is told loudly, once', async t => {
-  let loaded: 'usable' | 'lax' | 'broken' = 'usable'
+  let loaded: 'usable' | 'lax' | 'broken' | 'stumbling' = 'usable'
   const url = await startImpostor(t, async (request, response) => {
     const document = await documentFor(request)
+    if (loaded === 'stumbling') return void response.writeHead(500).end('{}')
     const result = { usable: document, lax: allowed, broken: true }[loaded]
     response.end(JSON.stringify({ result, provenance: { bundles: { main: { revision: loaded } } } }))
   })
@@ -459,6 +460,10 @@ test('a policy in OPA that would allow anything allows nothing, and is told loud
   loaded = 'broken'
   await until(() => /main@broken of OPA gives no decision/.test(engine.status().refused?.problem ?? ''))
   await assertUnavailable(t, ask(engine, 'authz', good), 'POLICY_INVALID_RESULT')
+
+  loaded = 'stumbling'
+  await until(() => /the policy server stumbles over its policy/.test(engine.status().refused?.problem ?? ''))
+  t.is(errors.length, 3)
 
   loaded = 'usable'
   await until(() => engine.ready())
