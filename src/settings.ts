@@ -412,7 +412,7 @@ const VARIABLES = {
   }),
   LEASE_GRACE_SECONDS: defaulted(decimal(3_600), '30', {
     unit: 'seconds',
-    meaning: 'how long a permission outlives the heartbeat that it rests on',
+    meaning: 'how long a permission outlives its stream, and its instance being out of touch with the database',
   }),
   AUDIT_RETENTION_DAYS: defaulted(wholeNumber(1, 3_650), '90', { unit: 'days', meaning: 'age at which audit rows go' }),
   LOG_LEVEL: defaulted(logLevel, 'INFO', {
@@ -441,7 +441,7 @@ const VARIABLES = {
   }),
   DRAIN_SECONDS: defaulted(decimal(600), '10', {
     unit: 'seconds',
-    meaning: 'time that calls under way have to finish when the process stops',
+    meaning: 'time that devices have to leave, and calls under way to finish, when the process stops',
   }),
   INSTANCE_ID: optional(instanceId, "the host's name and a random ending", {
     meaning: 'names the process in logs, metrics and presence',

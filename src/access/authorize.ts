@@ -182,15 +182,16 @@ export function createAuthorize(deps: ContinuousDeps) {
           const { reasons, policyRevision, decisionId } = revocation
           return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
         }
-        if (lease) hold(lease)
+        if (lease) hold(lease, false)
         return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
       })
     }
 
-    function hold(lease: Lease): void {
+    /** @param isKnown whether its device knows of it, and may come back for it, if the stream was cut while it was decided */
+    function hold(lease: Lease, isKnown: boolean): void {
       held.set(lease.id, lease)
-      // A stream that was cut while this was decided holds nothing any more, and nobody will end it there.
-      if (over) letGo([lease])
+      // Such a stream holds nothing any more, and nobody will end it there.
+      if (over) letGo([lease], isKnown)
     }
 
     function close(ids: string[]): string[] {
@@ -201,12 +202,12 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     /** The stream is over: its leases wait for its device, are closed with it, or taken back if that was thrown out. */
-    function letGo(leases: Lease[]): void {
+    function letGo(leases: Lease[], isKnown: boolean): void {
       for (const lease of leases) held.delete(lease.id)
       const cut: unknown = call.signal.reason
       if (cut instanceof Fault && cut.code === 'UNAUTHENTICATED') {
         for (const lease of leases) deps.leases.revoke(lease, [thrownOut(cut)])
-      } else if (lost) {
+      } else if (lost && isKnown) {
         deps.leases.suspend(leases)
       } else {
         deps.leases.close(leases)
@@ -217,7 +218,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     async function resume(ids: string[]): Promise<Answer[]> {
       bounded('resume.connection_ids', ids.length)
       if (held.size + ids.length > leasesPerStreamMax) throw tooManyConnections()
-      return deps.resume(ids, { deviceId, call, push: revoked, moved, hold })
+      return deps.resume(ids, { deviceId, call, push: revoked, moved, hold: lease => hold(lease, true) })
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
@@ -277,7 +278,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     } finally {
       over = true
       pushed.end()
-      letGo([...held.values()])
+      letGo([...held.values()], true)
     }
   }
 }

@@ -289,6 +289,16 @@ for (const [what, kind, field] of [
     { $case: 'close', value: { connectionIds: Array(129).fill(someId) } },
     'close.connection_ids',
   ],
+  [
+    'an acknowledgement of nothing',
+    { $case: 'acknowledge', value: { connectionIds: [] } },
+    'acknowledge.connection_ids',
+  ],
+  [
+    'a resumption of 129 connections',
+    { $case: 'resume', value: { connectionIds: Array(129).fill(someId) } },
+    'resume.connection_ids',
+  ],
   ['none of the kinds', undefined, 'kind'],
 ] as [string, NonNullable<AuthorizeRequest['kind']>, string][]) {
   test.serial(`a device that sends ${what} is told so`, async t => {
@@ -460,8 +470,10 @@ test.serial('calls that are cut off in the middle leave nothing open', async t =
     stream.cancel()
   }
   await eventually('no stream is open', async () => (await openStreams(path)) === 0)
-  await eventually('no connection is open without its stream', async () => {
-    const { rows } = await shared().pool.query("select count(*)::int as open from connections where status = 'active'")
+  await eventually('no connection is open without its stream, but those that wait to be resumed', async () => {
+    const { rows } = await shared().pool.query(
+      "select count(*)::int as open from connections where status = 'active' and resume_by is null",
+    )
     return rows[0].open === 0
   })
   const text = await (await fetch(`http://127.0.0.1:${shared().server.metricsPort}/metrics`)).text()
