@@ -63,6 +63,7 @@ import { enforceStanding } from './rpc/enforcement.ts'
 import { openCallLimit, rateLimit, sharedRateLimit, sweepRateLimits } from './rpc/limits.ts'
 import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
+import { settleIn, sharedAllowance } from './rpc/shared-allowance.ts'
 import type { Settings } from './settings.ts'
 import { type Readiness, startTelemetryHttp } from './telemetry/http.ts'
 import type { Log } from './telemetry/log.ts'
@@ -237,7 +238,11 @@ async function compose(
     journal,
     instanceId,
     clock,
-    limit: rateLimit('RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
+    limit: sharedAllowance({
+      name: 'RATE_LIMIT_CONNECTIONS',
+      limit: settings.rateLimits.connections,
+      settle: settleIn(db.pool, 'RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
+    }),
     onDecision: metrics.decision,
     onConnection: metrics.connection,
   }

@@ -400,7 +400,9 @@ const VARIABLES = {
       'enrollment attempts of one source address, and refused ones with one token, at all instances together; ' +
       'twenty times as many of the other calls that need no certificate, at each instance',
   }),
-  RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', { meaning: 'authorization requests of one device' }),
+  RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', {
+    meaning: 'authorization requests of one device, at all instances together; those may exceed it by a tenth',
+  }),
   RATE_LIMIT_HEALTH: defaulted(rateLimit, '10/minute', { meaning: 'heartbeats of one device' }),
   HEALTH_CHECK_MAX_AGE_MINUTES: defaulted(decimal(1_440), '5', {
     unit: 'minutes',

@@ -36,8 +36,10 @@ export type AuthorizeDeps = {
   journal: Journal
   instanceId: string
   clock: Clock
-  /** @throws Fault RESOURCE_EXHAUSTED when the caller asks too often */
-  limit: (caller: string, questions: number) => Promise<void>
+  /**
+   * At once, or after a wait. @throws Fault RESOURCE_EXHAUSTED when the caller asks too often, at all instances together
+   */
+  limit: (caller: string, questions: number) => void | Promise<void>
   onDecision: (decision: 'allow' | 'deny', seconds: number) => void
   onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
 }
@@ -99,7 +101,8 @@ export function createCheck(deps: AuthorizeDeps) {
     const deviceId = deviceAsked(request, call)
     const question = checkQuestion(request.question, deviceId, 'question')
     call.audit.target = `device/${deviceId}`
-    await deps.limit(callerName(call.caller), 1)
+    const wait = deps.limit(callerName(call.caller), 1)
+    if (wait) await wait
     const decided = deps.decider.decide(question)
     const { verdict } = decided instanceof Promise ? await decided : decided
     const decision = decisionEntry(call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
@@ -147,7 +150,8 @@ export function createAuthorize(deps: ContinuousDeps) {
       const startedAt = performance.now()
       const asked = questions.map((question, at) => checkQuestion(question, deviceId, `questions.questions[${at}]`))
       if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
-      await deps.limit(callerName(call.caller), asked.length)
+      const wait = deps.limit(callerName(call.caller), asked.length)
+      if (wait) await wait
       const revocations = new Map<string, Revocation>()
       const push = (revocation: Revocation) => {
         revocations.set(revocation.lease.id, revocation)

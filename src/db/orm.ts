@@ -13,6 +13,7 @@ import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
 import { AuditSeals } from './migrations/0003-audit-seals.ts'
 import { LeaseResume } from './migrations/0004-lease-resume.ts'
+import { RateLimitCredit } from './migrations/0007-rate-limit-credit.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -75,6 +76,7 @@ export async function openDatabase(options: {
         { name: '0002-identity-life', class: IdentityLife },
         { name: '0003-audit-seals', class: AuditSeals },
         { name: '0004-lease-resume', class: LeaseResume },
+        { name: '0007-rate-limit-credit', class: RateLimitCredit },
       ],
     },
     logger: () => {},

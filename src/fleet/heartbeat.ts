@@ -35,7 +35,7 @@ export type HeartbeatDeps = {
   issuerKeyId: () => string
   trustBundle: () => TrustBundle
   /** @throws Fault RESOURCE_EXHAUSTED when the device reports too often */
-  limit: (deviceId: string) => Promise<void>
+  limit: (deviceId: string) => void | Promise<void>
   intervalMs: number
   maxAgeMs: number
   /** Whether the certificate is so late in its life that the device has to be reminded. */

@@ -19,7 +19,7 @@ import { demandStandingNow } from './standing.ts'
 
 export type RenewDeps = EnrollDeps & {
   /** @throws Fault RESOURCE_EXHAUSTED when the holder renews too often */
-  limitRenewals: (holder: string) => Promise<void>
+  limitRenewals: (holder: string) => void
   /** @throws Fault UNAUTHENTICATED CERTIFICATE_RETIRED when the caller's certificate was issued by who is trusted no more */
   demandIssuer: (caller: Identified) => void
   recovery: Recovery
@@ -32,7 +32,7 @@ export function createRenew(deps: RenewDeps) {
   return async (request: RenewCertificateRequest, call: Call): Promise<RenewCertificateResponse> => {
     const { caller } = call
     if (caller.kind !== 'device' && caller.kind !== 'operator') throw new Error('services have no certificate to renew')
-    await deps.limitRenewals(caller.spiffeId)
+    deps.limitRenewals(caller.spiffeId)
     const key = checkCsr(request.csr)
     deps.challenges.demand(key)
     await deps.issuance.ready()

@@ -1,31 +1,37 @@
 /**
  * Rate limits, by source address, by token or by device. What exceeds one is told when to come back.
  *
- * `rateLimit` counts in this instance's memory. `sharedRateLimit` counts in the database, for all instances together.
+ * `rateLimit` counts in this instance's memory. `sharedRateLimit` counts in the database, for all instances together, with
+ * a statement for whoever comes; `sharedAllowance` (`shared-allowance.ts`) does that for what comes with every message.
  */
 import { LRUCache } from 'lru-cache'
 import type pg from 'pg'
-import { RateLimiterMemory, RateLimiterRes } from 'rate-limiter-flexible'
 import type { Call } from '../caller.ts'
 import { Fault } from '../fault.ts'
 import { networkOf } from '../network.ts'
 import type { RateLimit } from '../settings.ts'
 import type { Log } from '../telemetry/log.ts'
 
+/** Keys counted at the same time, about 150 bytes each. Whoever has more addresses than that has as many allowances too. */
+const keysMax = 100_000
+
 /**
  * @param name the setting, for the message
- * @returns a function that takes `points` from the allowance of `key`
+ * @param clock one that never jumps, in milliseconds
+ * @returns a function that takes `points` from the allowance of `key`, in the window that the first call has opened
  * @throws Fault RESOURCE_EXHAUSTED `RATE_LIMITED` with RetryInfo
  */
-export function rateLimit(name: string, limit: RateLimit) {
-  const limiter = new RateLimiterMemory({ points: limit.count, duration: limit.windowSeconds })
-  return async (key: string, points = 1): Promise<void> => {
-    try {
-      await limiter.consume(key, points)
-    } catch (refusal) {
-      if (!(refusal instanceof RateLimiterRes)) throw refusal
-      throw rateLimited(name, limit, refusal.msBeforeNext)
+export function rateLimit(name: string, limit: RateLimit, clock = () => performance.now()) {
+  const windows = new LRUCache<string, { points: number; endsAt: number }>({ max: keysMax })
+  return (key: string, points = 1): void => {
+    const now = clock()
+    let window = windows.get(key)
+    if (!window || window.endsAt <= now + earlyMs) {
+      window = { points: 0, endsAt: now + limit.windowSeconds * 1_000 }
+      windows.set(key, window)
     }
+    window.points += points
+    if (window.points > limit.count) throw rateLimited(name, limit, Math.ceil(window.endsAt - now))
   }
 }
 
@@ -46,11 +52,11 @@ export function openCallLimit(name: string, { count, windowSeconds }: RateLimit)
     count: count * openCallsPerEnrollment,
     windowSeconds: Math.min(windowSeconds, openCallWindowSecondsMax),
   })
-  return ({ caller, address }: Call): Promise<void> =>
-    limit(caller.kind === 'anonymous' ? networkOf(address) : caller.spiffeId)
+  return ({ caller, address }: Call): void => limit(caller.kind === 'anonymous' ? networkOf(address) : caller.spiffeId)
 }
 
-function rateLimited(name: string, { count, windowSeconds }: RateLimit, retryAfterMs: number): Fault {
+/** @returns what is thrown, told in words and in RetryInfo */
+export function rateLimited(name: string, { count, windowSeconds }: RateLimit, retryAfterMs: number): Fault {
   const message = `more than ${count} in ${windowSeconds} s (${name}); try again later`
   return new Fault('RESOURCE_EXHAUSTED', 'RATE_LIMITED', message, { retryAfterMs })
 }
@@ -64,9 +70,9 @@ const sweepMs = 60_000
  * A window is over so much sooner than those are told who have to wait for that. Both ends are rounded to the
  * millisecond, a timer may fire one early, and clocks are slewed: who comes a moment too soon would be refused again.
  */
-const earlyMs = 5
+export const earlyMs = 5
 
-const databaseMs = '(extract(epoch from clock_timestamp()) * 1000)::bigint'
+export const databaseMs = '(extract(epoch from clock_timestamp()) * 1000)::bigint'
 /**
  * Counts calls under their key, in the window that the first of them has opened.
  *

@@ -19,7 +19,13 @@ test('a database URL that demands TLS is not answered in plain text', async t =>
   await t.throwsAsync(db.em().execute('select 1'), { message: /does not support SSL/ })
 })
 
-const allMigrations = ['0001-first', '0002-identity-life', '0003-audit-seals', '0004-lease-resume']
+const allMigrations = [
+  '0001-first',
+  '0002-identity-life',
+  '0003-audit-seals',
+  '0004-lease-resume',
+  '0007-rate-limit-credit',
+]
 
 test('several instances that start at once migrate an empty database exactly once', async t => {
   const { url, pool } = await testDatabase(t)

@@ -83,3 +83,24 @@ test('who floods the calls that anyone may make is refused, with a certificate a
   t.true(refusals.length >= 10)
   await unary(mesh.clients(mesh.operator).enroll, 'getTrustBundle', {})
 })
+
+test('a device that asks three instances at once gets its limit and at most a tenth more, and is told when to come back', async t => {
+  const env = { RATE_LIMIT_CONNECTIONS: '60/minute' }
+  const one = await startEdgeMesh(t, env)
+  const instances = [one, await startSecondInstance(t, one, env), await startSecondInstance(t, one, env)]
+  const device = await one.enroll({ device: { id: 'alpha' } })
+  const question = { id: '', user: 'ada', service: 'orders', action: '' }
+  const asking = instances.flatMap(instance => {
+    const { authorize } = instance.clients(device)
+    return Array.from({ length: 50 }, () => unary(authorize, 'check', { question, deviceId: '' }))
+  })
+  const refusals = await refusalsOf(asking)
+  const answered = asking.length - refusals.length
+  t.true(answered >= 60 && answered <= 66, `${answered} answered`)
+  for (const { code, reason, retryAfterMs } of refusals) {
+    t.deepEqual([code, reason], ['RESOURCE_EXHAUSTED', 'RATE_LIMITED'])
+    t.true(retryAfterMs !== undefined && retryAfterMs > 0 && retryAfterMs <= 60_000)
+  }
+  const { rows } = await one.pool.query('select count(*)::int as decisions from decisions')
+  t.is(rows[0].decisions, answered)
+})
