@@ -23,6 +23,7 @@ import { startOpaPolicy } from './access/policy-server.ts'
 import { startShippedPolicy } from './access/policy-wasm.ts'
 import { createResume } from './access/resume.ts'
 import { watchRevocations } from './access/revocations.ts'
+import { createUserAssertions } from './access/user-assertion.ts'
 import { adminHandlers } from './admin/admin-service.ts'
 import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
@@ -231,7 +232,11 @@ async function compose(
     onState: lease => metrics.connection(lease.serviceId, lease.state),
   })
   stops.push(leases.stop)
+  const assertions =
+    settings.userAssertions && createUserAssertions({ settings: settings.userAssertions, facts, clock, log })
+  stops.push(() => assertions?.stop())
   const authorizeDeps = {
+    assertions,
     facts,
     decider,
     leases,

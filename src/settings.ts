@@ -10,7 +10,7 @@
  * string counts as not set. All mistakes are reported together, by name, in one `SettingsError`; the value of a secret
  * is in no message and in no log.
  */
-import { randomBytes } from 'node:crypto'
+import { createPublicKey, randomBytes, type webcrypto } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { isIP } from 'node:net'
 import { hostname } from 'node:os'
@@ -66,6 +66,19 @@ export type Settings = Readonly<{
     serverCertValidityMs: number
     crlUrl: string | undefined
   }>
+  /** Undefined: users are known by the caller's word. */
+  userAssertions:
+    | Readonly<{
+        /** Whether devices and services have to present one. */
+        required: boolean
+        issuer: string
+        audience: string
+        claim: 'sub' | 'email'
+        /** One of the two: a JSON Web Key Set, or where there is one. */
+        jwks: string | undefined
+        jwksUrl: string | undefined
+      }>
+    | undefined
   rateLimits: Readonly<{ enrollments: RateLimit; connections: RateLimit; health: RateLimit }>
   health: Readonly<{ maxAgeMs: number; heartbeatIntervalMs: number }>
   leases: Readonly<{ graceMs: number }>
@@ -161,6 +174,42 @@ const logLevel = text.transform((word, context) => {
 const httpUrl = text.refine(url => URL.canParse(url) && /^https?:$/.test(new URL(url).protocol), {
   error: 'must be a URL that begins with http:// or https://',
 })
+
+/** Whoever can change what it answers can be anybody. */
+const keysUrl = text.refine(
+  url => {
+    if (!URL.canParse(url)) return false
+    const { protocol, hostname, username, password } = new URL(url)
+    if (username || password) return false
+    return protocol === 'https:' || (protocol === 'http:' && /^(localhost|127\.\d+\.\d+\.\d+|\[::1\])$/.test(hostname))
+  },
+  { error: 'must be a URL that begins with https://, without a password; http:// for localhost only' },
+)
+
+const keySet = z.string().superRefine((given, context) => {
+  const problem = keySetProblem(given)
+  if (problem) context.addIssue({ code: 'custom', message: problem })
+})
+
+/** What is wrong with a JSON Web Key Set whose keys verify signatures. */
+function keySetProblem(given: string): string | undefined {
+  let keys: Record<string, unknown>[]
+  try {
+    keys = z.object({ keys: z.array(z.record(z.string(), z.unknown())).min(1) }).parse(JSON.parse(given)).keys
+  } catch {
+    return 'must be a JSON Web Key Set: {"keys": [...]}, with one key at least'
+  }
+  for (const [at, key] of keys.entries()) {
+    if (key.kty === 'oct') return `keys[${at}] is a secret that signs as well; only public keys are taken`
+    if ('d' in key) return `keys[${at}] is a private key; leave it with the issuer`
+    try {
+      createPublicKey({ key: key as webcrypto.JsonWebKey, format: 'jwk' })
+    } catch {
+      return `keys[${at}] is not a key that can be read`
+    }
+  }
+  return undefined
+}
 
 /** What documentation puts where a secret belongs. Whoever copies it must not be left with a secret known to all. */
 const PLACEHOLDER = /^[A-Z_]+_HERE$|^PASSWORD$|^change[-_]?me/i
@@ -395,6 +444,27 @@ const VARIABLES = {
       'where others reach /crl of METRICS_PORT; certificates carry CRL_URL/<key id of their issuer>.crl ' +
       'as distribution point',
   }),
+  USER_ASSERTION: defaulted(
+    text.pipe(z.enum(['off', 'optional', 'required'], { error: 'must be off, optional or required' })),
+    'off',
+    {
+      meaning:
+        'whether users are known by a signed assertion (JWT) of their issuer rather than by the word of the device or ' +
+        'service that asks; with optional, only where there is one',
+    },
+  ),
+  USER_ASSERTION_ISSUER: optional(text, 'none', { meaning: 'the iss that assertions have to have' }),
+  USER_ASSERTION_AUDIENCE: optional(text, 'none', { meaning: 'the aud that assertions have to have: this EdgeMesh' }),
+  USER_ASSERTION_JWKS_URL: optional(keysUrl, 'none', {
+    meaning: "where the issuer's keys are, as a JSON Web Key Set; read anew every five minutes and for unknown keys",
+  }),
+  USER_ASSERTION_JWKS: optional(keySet, 'none', {
+    secret: true,
+    meaning: 'the keys themselves, instead of their URL; usually given as USER_ASSERTION_JWKS_FILE, read at start',
+  }),
+  USER_ASSERTION_CLAIM: defaulted(text.pipe(z.enum(['sub', 'email'], { error: 'must be sub or email' })), 'sub', {
+    meaning: 'the claim that names the user, by id or e-mail address as EdgeMesh knows them',
+  }),
   RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', {
     meaning:
       'enrollment attempts of one source address, and refused ones with one token, at all instances together; ' +
@@ -567,9 +637,40 @@ function checkTogether(values: Partial<Values>, problems: SettingsProblem[]): vo
     if (problems.some(({ variable }) => variable.startsWith(other))) continue
     problems.push({ variable: other, problem: `is missing: ${one} is of no use without it` })
   }
+  checkUserAssertions(values, problems)
   const { API_PORT, API_HOST, METRICS_PORT, METRICS_HOST } = values
   if (API_PORT !== undefined && API_PORT !== 0 && API_PORT === METRICS_PORT && API_HOST === METRICS_HOST) {
     problems.push({ variable: 'METRICS_PORT', problem: `is the same as API_PORT: ${API_PORT}` })
+  }
+}
+
+function checkUserAssertions(values: Partial<Values>, problems: SettingsProblem[]): void {
+  const mode = values.USER_ASSERTION
+  if (mode === undefined) return
+  const names = [
+    'USER_ASSERTION_ISSUER',
+    'USER_ASSERTION_AUDIENCE',
+    'USER_ASSERTION_JWKS_URL',
+    'USER_ASSERTION_JWKS',
+  ] as const
+  if (mode === 'off') {
+    for (const name of names.filter(name => values[name] !== undefined)) {
+      const hint = 'set USER_ASSERTION=required, or optional'
+      problems.push({ variable: name, problem: 'is of no use while USER_ASSERTION is off', hint })
+    }
+    return
+  }
+  const toldOf = (name: string) => problems.some(({ variable }) => variable === name || variable === `${name}_FILE`)
+  const demand = (name: (typeof names)[number], problem: string) => {
+    if (!toldOf(name)) problems.push({ variable: name, problem })
+  }
+  for (const name of ['USER_ASSERTION_ISSUER', 'USER_ASSERTION_AUDIENCE'] as const) {
+    if (values[name] === undefined) demand(name, `is missing: USER_ASSERTION is ${mode}`)
+  }
+  const { USER_ASSERTION_JWKS: jwks, USER_ASSERTION_JWKS_URL: jwksUrl } = values
+  if (jwks !== undefined && jwksUrl !== undefined) demand('USER_ASSERTION_JWKS', 'is given beside its URL: remove one')
+  if (jwks === undefined && jwksUrl === undefined && !toldOf('USER_ASSERTION_JWKS')) {
+    demand('USER_ASSERTION_JWKS_URL', `is missing, and so is USER_ASSERTION_JWKS_FILE: USER_ASSERTION is ${mode}`)
   }
 }
 
@@ -616,6 +717,17 @@ function assemble(values: Values): Settings {
       serverCertValidityMs: values.SERVER_CERT_VALIDITY_HOURS * 3_600_000,
       crlUrl: values.CRL_URL,
     },
+    userAssertions:
+      values.USER_ASSERTION === 'off'
+        ? undefined
+        : {
+            required: values.USER_ASSERTION === 'required',
+            issuer: values.USER_ASSERTION_ISSUER as string,
+            audience: values.USER_ASSERTION_AUDIENCE as string,
+            claim: values.USER_ASSERTION_CLAIM,
+            jwks: values.USER_ASSERTION_JWKS,
+            jwksUrl: values.USER_ASSERTION_JWKS_URL,
+          },
     rateLimits: {
       enrollments: values.RATE_LIMIT_ENROLLMENTS,
       connections: values.RATE_LIMIT_CONNECTIONS,

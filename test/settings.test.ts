@@ -1,3 +1,4 @@
+import { generateKeyPairSync } from 'node:crypto'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
@@ -193,4 +194,53 @@ test('a folder of the policy is made absolute, and is of no use beside OPA', t =
     error?.problems.map(({ variable }) => variable),
     ['POLICY_BUNDLE_DIR'],
   )
+})
+
+test('whatever is wrong with the assertions of users is told at once, by name, and never half applied', t => {
+  const told = (env: Record<string, string>) =>
+    Object.fromEntries(mistakes({ ...SECRETS, ...env }).problems.map(({ variable, problem }) => [variable, problem]))
+  const jwk = generateKeyPairSync('ed25519').publicKey.export({ format: 'jwk' })
+  const keys = JSON.stringify({ keys: [jwk] })
+  const [issuer, audience] = [
+    { USER_ASSERTION_ISSUER: 'https://login.example.com' },
+    { USER_ASSERTION_AUDIENCE: 'mesh' },
+  ]
+  t.deepEqual(Object.keys(told({ USER_ASSERTION: 'required' })), [
+    'USER_ASSERTION_ISSUER',
+    'USER_ASSERTION_AUDIENCE',
+    'USER_ASSERTION_JWKS_URL',
+  ])
+  t.deepEqual(Object.keys(told({ USER_ASSERTION: 'always' })), ['USER_ASSERTION'])
+  t.deepEqual(Object.keys(told({ ...issuer, USER_ASSERTION_JWKS: keys })), [
+    'USER_ASSERTION_ISSUER',
+    'USER_ASSERTION_JWKS',
+  ])
+  const on = { USER_ASSERTION: 'required', ...issuer, ...audience }
+  for (const url of ['http://login.example.com/keys', 'https://a:b@login.example.com/keys', 'ftp://localhost/keys']) {
+    t.regex(told({ ...on, USER_ASSERTION_JWKS_URL: url }).USER_ASSERTION_JWKS_URL ?? '', /must be a URL/)
+  }
+  const { privateKey } = generateKeyPairSync('ed25519')
+  for (const [wrong, problem] of [
+    ['nonsense', /JSON Web Key Set/],
+    ['{"keys": []}', /one key at least/],
+    [JSON.stringify({ keys: [jwk, { kty: 'oct', k: 'c2VjcmV0' }] }), /^keys\[1\] is a secret/],
+    [JSON.stringify({ keys: [privateKey.export({ format: 'jwk' })] }), /^keys\[0\] is a private key/],
+    [JSON.stringify({ keys: [{ ...jwk, x: '' }] }), /^keys\[0\] is not a key/],
+  ] as const) {
+    const problems = told({ ...on, USER_ASSERTION_JWKS: wrong })
+    t.deepEqual(Object.keys(problems), ['USER_ASSERTION_JWKS'])
+    t.regex(problems.USER_ASSERTION_JWKS ?? '', problem)
+    t.false(problems.USER_ASSERTION_JWKS?.includes('c2VjcmV0'))
+  }
+  const both = { USER_ASSERTION_JWKS: keys, USER_ASSERTION_JWKS_URL: 'http://localhost:8080/keys' }
+  t.deepEqual(Object.keys(told({ ...on, ...both })), ['USER_ASSERTION_JWKS'])
+  t.is(readSettings(SECRETS).userAssertions, undefined)
+  t.deepEqual(readSettings({ ...SECRETS, ...on, USER_ASSERTION_JWKS: keys }).userAssertions, {
+    required: true,
+    issuer: 'https://login.example.com',
+    audience: 'mesh',
+    claim: 'sub',
+    jwks: keys,
+    jwksUrl: undefined,
+  })
 })

@@ -6,7 +6,7 @@
  * record is on disk, and not if the lease's ground has gone meanwhile.
  */
 import { randomUUIDv7 } from 'node:crypto'
-import type { Journal, JournalEntry } from '../audit/journal.ts'
+import { callEntry, type Journal, type JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
@@ -28,6 +28,7 @@ import type { Facts } from './facts.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import type { RevocationWatch } from './revocations.ts'
+import { assertionExpired, UserAssertionRefused, type UserAssertions } from './user-assertion.ts'
 
 export type AuthorizeDeps = {
   facts: Facts
@@ -40,6 +41,8 @@ export type AuthorizeDeps = {
    * At once, or after a wait. @throws Fault RESOURCE_EXHAUSTED when the caller asks too often, at all instances together
    */
   limit: (caller: string, questions: number) => void | Promise<void>
+  /** Undefined where users are known by the caller's word alone. */
+  assertions: UserAssertions | undefined
   onDecision: (decision: 'allow' | 'deny', seconds: number) => void
   onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
 }
@@ -99,12 +102,26 @@ export function createCheck(deps: AuthorizeDeps) {
     const startedAt = performance.now()
     if (!request.question) throw invalidField('question', 'is missing')
     const deviceId = deviceAsked(request, call)
-    const question = checkQuestion(request.question, deviceId, 'question')
+    const { userAssertion = '' } = request
+    const asserting = deps.assertions?.demanded(userAssertion, call.caller.kind)
+    const question = checkQuestion(request.question, deviceId, 'question', asserting)
     call.audit.target = `device/${deviceId}`
     const wait = deps.limit(callerName(call.caller), 1)
     if (wait) await wait
+    let assertedUntilMs = Number.POSITIVE_INFINITY
+    if (asserting) {
+      try {
+        assertedUntilMs = await nameUsers(deps, userAssertion, [question])
+      } catch (error) {
+        if (!(error instanceof UserAssertionRefused)) throw error
+        await deps.journal.append([refusalEntry(call, [question], error)])
+        call.audit.written = true
+        deps.onDecision('deny', (performance.now() - startedAt) / 1_000)
+        return { answer: denial(request.question.id, error.why), serverTime: new Date(deps.clock()) }
+      }
+    }
     const decided = deps.decider.decide(question)
-    const { verdict } = decided instanceof Promise ? await decided : decided
+    const verdict = endingBy((decided instanceof Promise ? await decided : decided).verdict, assertedUntilMs)
     const decision = decisionEntry(call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
     await deps.journal.append([decision.entry])
     decision.committed()
@@ -146,19 +163,38 @@ export function createAuthorize(deps: ContinuousDeps) {
       if (held.get(lease.id) === lease) held.delete(lease.id)
     }
 
-    async function ask(questions: Question[]): Promise<Answer[]> {
+    async function ask(questions: Question[], userAssertion: string): Promise<Answer[]> {
       const startedAt = performance.now()
-      const asked = questions.map((question, at) => checkQuestion(question, deviceId, `questions.questions[${at}]`))
+      const asserting = deps.assertions?.demanded(userAssertion, 'device')
+      const asked = questions.map((question, at) =>
+        checkQuestion(question, deviceId, `questions.questions[${at}]`, asserting),
+      )
       if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
       const wait = deps.limit(callerName(call.caller), asked.length)
       if (wait) await wait
+      let assertedUntilMs = Number.POSITIVE_INFINITY
+      if (asserting) {
+        try {
+          assertedUntilMs = await nameUsers(deps, userAssertion, asked)
+        } catch (error) {
+          if (!(error instanceof UserAssertionRefused)) throw error
+          await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, asked, error)])
+          for (const _ of asked) deps.onDecision('deny', (performance.now() - startedAt) / 1_000)
+          return questions.map(({ id }) => denial(id, error.why))
+        }
+      }
       const revocations = new Map<string, Revocation>()
       const push = (revocation: Revocation) => {
         revocations.set(revocation.lease.id, revocation)
         revoked(revocation)
       }
       const deciding = asked.map((question, at) =>
-        orRejected(decideAndLease, deps, question, { questionId: questions[at]?.id ?? '', push, moved }),
+        orRejected(decideAndLease, deps, question, {
+          questionId: questions[at]?.id ?? '',
+          assertedUntilMs,
+          push,
+          moved,
+        }),
       )
       const decided = await allOrNone(deciding, ({ lease }) => lease && deps.leases.drop(lease))
       const decision = decisionEntry(call, deviceId, decided, deps.clock(), startedAt)
@@ -226,21 +262,28 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
-    function renew(ids: string[]): Promise<Answer[]> {
+    function renew(ids: string[], userAssertion: string): Promise<Answer[]> {
       bounded('renew.connection_ids', ids.length)
-      return Promise.all(ids.map(id => renewOne(id, held.get(id))))
+      return Promise.all(ids.map(id => renewOne(id, held.get(id), userAssertion)))
     }
 
-    async function renewOne(id: string, lease: Lease | undefined): Promise<Answer> {
+    async function renewOne(id: string, lease: Lease | undefined, userAssertion: string): Promise<Answer> {
       if (!lease) return { ...denial('', notHeld), connectionId: id }
       const { questionId, decisionId } = lease
       try {
-        const { verdict } = await deps.decider.decide(lease.question)
+        await renewAssertion(deps, lease, userAssertion)
+        const decided = await deps.decider.decide(lease.question)
+        const verdict = endingBy(decided.verdict, lease.assertedUntilMs)
         // A denial is told here and pushed by the lease's own watch: whichever comes first ends the connection.
         const allow = verdict.allow && lease.state === 'active'
         if (allow) lease.expiresAtMs = verdict.expiresAtMs
         return answerOf(questionId, { ...verdict, allow }, decisionId, id)
       } catch (error) {
+        if (error instanceof UserAssertionRefused) {
+          deps.leases.revoke(lease, [error.why])
+          deps.journal.appendLater([refusalEntry({ ...call, startedAt: deps.clock() }, [lease.question], error)])
+          return { ...denial(questionId, error.why), connectionId: id }
+        }
         // It stands as it stood: its watch goes on trying, and gives it up when the grace time is over.
         const { retryAfter, policyRevision } = undecided(questionId, error)
         const expiresAt = new Date(lease.expiresAtMs)
@@ -253,12 +296,17 @@ export function createAuthorize(deps: ContinuousDeps) {
       await stream.receive(async request => {
         const { kind } = request
         if (kind?.$case === 'questions') {
-          const { questions } = kind.value
+          const { questions, userAssertion = '' } = kind.value
           bounded('questions.questions', questions.length)
-          const answers = await ask(questions).catch(error => questions.map(({ id }) => undecided(id, error)))
+          const answers = await ask(questions, userAssertion).catch(error =>
+            questions.map(({ id }) => undecided(id, error)),
+          )
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
-          send({ $case: 'answers', value: { answers: await renew(kind.value.connectionIds) } })
+          send({
+            $case: 'answers',
+            value: { answers: await renew(kind.value.connectionIds, kind.value.userAssertion ?? '') },
+          })
         } else if (kind?.$case === 'close') {
           send({ $case: 'closed', value: { connectionIds: close(kind.value.connectionIds) } })
         } else if (kind?.$case === 'list') {
@@ -316,10 +364,11 @@ type DecidedAndLeased = Decided & { lease: Lease | undefined }
 export function decideAndLease(
   deps: Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>,
   question: AccessQuestion,
-  known: Pick<Lease, 'questionId' | 'push' | 'moved'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>,
+  known: Pick<Lease, 'questionId' | 'assertedUntilMs' | 'push' | 'moved'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>,
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
-  function leaseIfAllowed({ verdict, ground }: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
+  function leaseIfAllowed({ verdict: decided, ground }: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
+    const verdict = endingBy(decided, known.assertedUntilMs)
     if (!verdict.allow) return { question, verdict, lease: undefined }
     if (!deps.facts.isCurrent(question, ground)) {
       if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
@@ -342,6 +391,47 @@ export function decideAndLease(
 
   const decision = deps.decider.decide(question)
   return decision instanceof Promise ? decision.then(leaseIfAllowed) : leaseIfAllowed(decision)
+}
+
+/**
+ * Puts the user whom the assertion names into the questions. @returns until when that holds, ms since epoch
+ *
+ * @throws UserAssertionRefused; Fault UNAVAILABLE when the issuer's keys can't be had
+ */
+async function nameUsers(
+  { assertions }: AuthorizeDeps,
+  userAssertion: string,
+  questions: AccessQuestion[],
+): Promise<number> {
+  if (!assertions) throw new Error('nobody verifies assertions')
+  const named = questions.map(({ user }) => user)
+  const { user, expiresAtMs } = await assertions.identify(userAssertion, named)
+  for (const question of questions) question.user = user
+  return expiresAtMs
+}
+
+/** A lease lasts as long as the best assertion that was shown for it. @throws as `nameUsers` */
+async function renewAssertion(
+  { assertions, clock }: AuthorizeDeps,
+  lease: Lease,
+  userAssertion: string,
+): Promise<void> {
+  if (assertions && userAssertion !== '') {
+    const { expiresAtMs } = await assertions.identify(userAssertion, [lease.question.user])
+    lease.assertedUntilMs = Math.max(lease.assertedUntilMs, expiresAtMs)
+  }
+  if (lease.assertedUntilMs <= clock()) throw new UserAssertionRefused(assertionExpired(lease.assertedUntilMs))
+}
+
+/** What policy says does not depend on the assertion, so the verdict that others share stays as it is. */
+function endingBy(verdict: Verdict, untilMs: number): Verdict {
+  return verdict.expiresAtMs <= untilMs ? verdict : { ...verdict, expiresAtMs: untilMs }
+}
+
+/** The event of a message that was denied before policy was asked. */
+function refusalEntry(call: Call, asked: AccessQuestion[], { code, reason }: Fault): JournalEntry {
+  const questions = asked.map(({ user, service, action }) => ({ user, service, action }))
+  return callEntry({ ...call, audit: { ...call.audit, detail: { questions } } }, { code, reason })
 }
 
 /** The decision that ended a lease, made by the server itself. */
@@ -367,7 +457,8 @@ function deviceAsked(request: CheckRequest, { caller }: Call): string {
   return caller.id
 }
 
-export function checkQuestion(question: Question, deviceId: string, field: string): AccessQuestion {
+/** @param asserted the user may be named by an assertion alone */
+export function checkQuestion(question: Question, deviceId: string, field: string, asserted = false): AccessQuestion {
   if (question.id.length > questionIdCharactersMax) {
     throw invalidField(`${field}.id`, `has to be of at most ${questionIdCharactersMax} characters`)
   }
@@ -376,7 +467,7 @@ export function checkQuestion(question: Question, deviceId: string, field: strin
   }
   return {
     deviceId,
-    user: checkedName(`${field}.user`, question.user),
+    user: asserted && question.user === '' ? '' : checkedName(`${field}.user`, question.user),
     service: checkedName(`${field}.service`, question.service),
     action: question.action || 'connect',
   }

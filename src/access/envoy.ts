@@ -28,8 +28,9 @@ import type { Standing } from '../identity/standing.ts'
 import { type AuthorizeDeps, checkQuestion, decisionEntry } from './authorize.ts'
 import { parseForwardedCertificates } from './forwarded-certificate.ts'
 import type { PolicyReason } from './policy-engine.ts'
+import { UserAssertionRefused } from './user-assertion.ts'
 
-export type EnvoyDeps = Pick<AuthorizeDeps, 'decider' | 'journal' | 'clock' | 'limit' | 'onDecision'> & {
+export type EnvoyDeps = Pick<AuthorizeDeps, 'decider' | 'journal' | 'clock' | 'limit' | 'assertions' | 'onDecision'> & {
   standing: Pick<Standing, 'demandSeen'>
   trustDomain: string
 }
@@ -39,6 +40,9 @@ const serviceExtension = 'edgemesh.service'
 const actionExtension = 'edgemesh.action'
 const userHeaderExtension = 'edgemesh.user-header'
 
+const assertionHeaderExtension = 'edgemesh.user-assertion-header'
+
+const assertionHeaderDefault = 'x-edgemesh-user-assertion'
 const userHeaderDefault = 'x-edgemesh-user'
 /** Ours: none of these reaches a service as a client has sent it. */
 const ownHeaders = /^x-edgemesh-/i
@@ -49,7 +53,14 @@ const ok = 0
 const permissionDenied = 7
 
 /** What the proxy asks, as it is configured to ask. */
-type Asked = { source: SourcePeer | undefined; http: HttpRequest; service: string; action: string; userHeader: string }
+type Asked = {
+  source: SourcePeer | undefined
+  http: HttpRequest
+  service: string
+  action: string
+  userHeader: string
+  assertionHeader: string
+}
 
 export function createEnvoyCheck(deps: EnvoyDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
@@ -63,7 +74,8 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       // The certificate of a device that calls by itself has been looked at before the call came here.
       if (seen.fingerprintSha256) await deps.standing.demandSeen(seen.deviceId, seen.fingerprintSha256, deps.clock())
       const { service, action } = asked
-      const question = checkQuestion({ id: '', user: userOf(asked), service, action }, seen.deviceId, 'request')
+      const user = await userOf(asked, call, deps)
+      const question = checkQuestion({ id: '', user: user.name, service, action }, seen.deviceId, 'request')
       const { verdict } = await deps.decider.decide(question)
       const decision = decisionEntry(call, seen.deviceId, [{ question, verdict }], deps.clock(), startedAt)
       await deps.journal.append([decision.entry])
@@ -72,7 +84,7 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       counted(verdict.allow ? 'allow' : 'deny')
       const told = { decisionId: `${decision.id}.0`, policyRevision: verdict.policyRevision }
       return verdict.allow
-        ? passOn(asked, seen.deviceId, told)
+        ? passOn(asked, seen.deviceId, user, told)
         : respond({ status: 403, reasons: verdict.reasons, ...told })
     } catch (error) {
       if (!(error instanceof Fault) || !broughtAbout.has(error.code)) throw error
@@ -94,10 +106,13 @@ function askedBy({ attributes }: CheckRequest): Asked {
     throw invalidField('attributes.request.http', 'is missing: use the HTTP filter, envoy.filters.http.ext_authz')
   const { source, contextExtensions } = attributes
   const extension = (name: string) => (Object.hasOwn(contextExtensions, name) ? contextExtensions[name] : undefined)
-  const userHeader = extension(userHeaderExtension) ?? userHeaderDefault
-  if (!headerNamePattern.test(userHeader)) {
-    throw invalidField(extensionField(userHeaderExtension), 'has to be the name of a header, in lower case')
+  const headerNamedBy = (name: string, byDefault: string) => {
+    const header = extension(name) ?? byDefault
+    if (headerNamePattern.test(header)) return header
+    throw invalidField(extensionField(name), 'has to be the name of a header, in lower case')
   }
+  const userHeader = headerNamedBy(userHeaderExtension, userHeaderDefault)
+  const assertionHeader = headerNamedBy(assertionHeaderExtension, assertionHeaderDefault)
   const service = extension(serviceExtension)
   if (service !== undefined && !isSafeId(service)) {
     throw invalidField(extensionField(serviceExtension), 'has to be the id of a service, such as orders')
@@ -105,7 +120,7 @@ function askedBy({ attributes }: CheckRequest): Asked {
   const action = extension(actionExtension) ?? ''
   if (action && !isSafeId(action))
     throw invalidField(extensionField(actionExtension), 'has to be one word, such as connect')
-  return { source, http, service: service ?? hostWithoutPort(http.host), action, userHeader }
+  return { source, http, service: service ?? hostWithoutPort(http.host), action, userHeader, assertionHeader }
 }
 
 function extensionField(name: string): string {
@@ -174,11 +189,28 @@ function unsure(reason: string, message: string): Fault {
   return new Fault('PERMISSION_DENIED', reason, message)
 }
 
-/** A client's own word, as with `Check`. */
-function userOf({ http, userHeader }: Asked): string {
-  const user = headerOf(http, userHeader)
-  if (!user) throw invalidField(`request.headers["${userHeader}"]`, 'is missing: it says which user asks')
-  return user
+type User = { name: string; asserted: boolean }
+
+/** By the user's assertion, or a client's own word, as with `Check`. */
+async function userOf(
+  { http, userHeader, assertionHeader }: Asked,
+  call: Call,
+  { assertions }: EnvoyDeps,
+): Promise<User> {
+  const named = headerOf(http, userHeader)
+  const assertion = bearerIn(headerOf(http, assertionHeader), assertionHeader)
+  if (assertions?.demanded(assertion, call.caller.kind)) {
+    return { name: (await assertions.identify(assertion, [named])).user, asserted: true }
+  }
+  if (!named) throw invalidField(`request.headers["${userHeader}"]`, 'is missing: it says which user asks')
+  return { name: named, asserted: false }
+}
+
+/** `authorization` may hold credentials of other kinds, which are none of our business. */
+function bearerIn(value: string, header: string): string {
+  const bearer = /^bearer +/i
+  if (bearer.test(value)) return value.replace(bearer, '')
+  return header === 'authorization' ? '' : value
 }
 
 function headerOf({ headers }: HttpRequest, name: string): string {
@@ -188,14 +220,23 @@ function headerOf({ headers }: HttpRequest, name: string): string {
 type Told = { decisionId: string; policyRevision: string }
 
 /** The request goes on to the service, which reads in its headers what was decided about whom. */
-function passOn({ http, userHeader }: Asked, deviceId: string, { decisionId, policyRevision }: Told): CheckResponse {
+function passOn(
+  { http, userHeader, assertionHeader }: Asked,
+  deviceId: string,
+  user: User,
+  { decisionId, policyRevision }: Told,
+): CheckResponse {
   const ours = {
     'x-edgemesh-decision-id': decisionId,
     'x-edgemesh-policy-revision': policyRevision,
     'x-edgemesh-device': deviceId,
+    ...(user.asserted && { [userHeader]: user.name }),
   }
   const headersToRemove = Object.keys(http.headers).filter(
-    name => ownHeaders.test(name) && name !== userHeader && !Object.hasOwn(ours, name),
+    name =>
+      (ownHeaders.test(name) && name !== userHeader && !Object.hasOwn(ours, name)) ||
+      // Whoever has it is the user, for as long as it lasts.
+      (user.asserted && name === assertionHeader),
   )
   const value = {
     headers: headersOf(ours),
@@ -233,7 +274,9 @@ function respond(
 }
 
 /** A denial that policy was not asked for. */
-function refuse({ code, reason, message, violations, retryAfterMs }: Fault): CheckResponse {
+function refuse(fault: Fault): CheckResponse {
+  const { code, reason, message, violations, retryAfterMs } = fault
+  if (fault instanceof UserAssertionRefused) return respond({ status: 403, reasons: [fault.why] })
   const field = violations[0]?.field ?? (code === 'UNAUTHENTICATED' ? 'device.certificate' : 'request')
   const reasons = [{ code: reason, field, actual: 'refused', required: 'in order', message: `${message}.` }]
   return respond({ status: code === 'RESOURCE_EXHAUSTED' ? 429 : 403, reasons, retryAfterMs })

@@ -48,6 +48,8 @@ export type Facts = {
   isCurrent(question: { deviceId: string; user: string; service: string }, ground: Ground): boolean
   policyData(): Promise<PolicyFacts>
   device(id: string): Promise<DeviceFacts | undefined>
+  /** By id or e-mail address. @throws Fault UNAVAILABLE when memory can't be trusted */
+  user(name: string): Promise<UserFacts | undefined>
   /** A heartbeat that changed nothing but the time is durable. */
   reported(deviceId: string, measuredAtMs: number): void
   maxAgeMs: number
@@ -187,6 +189,10 @@ export function createFacts(options: {
     },
     policyData: async () => (await policy.get('data')).value,
     device: async id => (await devices.get(id)).value,
+    async user(name) {
+      if (!feed.isLive()) await feed.caughtUp()
+      return (await users.get(name)).value
+    },
     reported(deviceId, measuredAtMs) {
       const device = devices.peek(deviceId)?.value
       if (device && device.measuredAtMs < measuredAtMs) device.measuredAtMs = measuredAtMs

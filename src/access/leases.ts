@@ -7,7 +7,8 @@
  *   (health about to turn stale, closing time), and when the policy changes. Stays active if the answer is still yes.
  * - `suspended`: its stream is gone, and was not ended. It is decided anew like one that is active, and waits for its
  *   device to resume it on another stream, for the grace time. `resume.ts` says how.
- * - `revoked`: the answer has become no, an operator closed it, its holder was thrown out, or this instance has been cut
+ * - `revoked`: the answer has become no, its user's assertion has expired, an operator closed it, its holder was thrown
+ *   out, or this instance has been cut
  *   off from the facts for longer than the grace time. The holder is told at once; the record follows.
  * - `closed`: the holder ended it, or ended its stream, or did not resume it in time.
  * - `moved`: it was resumed on another stream, here or at another instance. It lives on there; this copy of it is over, and
@@ -25,6 +26,7 @@ import type { Log } from '../telemetry/log.ts'
 import { connectionEntry, departedConnections } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import type { PolicyEngine, PolicyReason } from './policy-engine.ts'
+import { assertionExpired } from './user-assertion.ts'
 
 export type LeaseState = 'active' | 'suspended' | 'revoked' | 'closed' | 'moved'
 
@@ -37,10 +39,12 @@ export type Lease = {
   role: string
   state: LeaseState
   grantedAtMs: number
-  /** When the verdict that it stands on expires. */
+  /** When the verdict that it stands on expires, or the user's assertion if that is sooner. */
   expiresAtMs: number
   /** How often it has been asked to be decided anew: what was asked earlier and is answered later does not count. */
   turn: number
+  /** When the assertion that names its user expires; never, where the user was named without. */
+  assertedUntilMs: number
   decisionId: string
   /** While it is suspended: until when it can be resumed, by the database's clock, which claims go by. */
   resumeBy: Date | undefined
@@ -178,10 +182,14 @@ export function createLeases(options: LeasesOptions): Leases {
   async function decideAnew(lease: Lease, sinceMs: number | undefined): Promise<void> {
     const turn = ++lease.turn
     try {
+      if (lease.assertedUntilMs <= clock()) {
+        takeBack(lease, [assertionExpired(lease.assertedUntilMs)], sinceMs)
+        return
+      }
       const { verdict, ground } = await decider.decide(lease.question)
       if (!isWatched(lease) || lease.turn !== turn) return
       if (verdict.allow) {
-        lease.expiresAtMs = verdict.expiresAtMs
+        lease.expiresAtMs = Math.min(verdict.expiresAtMs, lease.assertedUntilMs)
         // The user may have another role by now, whose grants count from here on.
         lease.role = ground.user.value?.role ?? ''
         return

@@ -109,7 +109,8 @@ export function createResume(deps: ResumeDeps): Resume {
   async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
     const question = questionOf(claim, stream.deviceId)
     const { id, grantedAtMs } = claim
-    const known = { id, grantedAtMs, questionId: '', push, moved: stream.moved }
+    const assertedUntilMs = Number.POSITIVE_INFINITY
+    const known = { id, grantedAtMs, questionId: '', assertedUntilMs, push, moved: stream.moved }
     const { verdict, lease } = await decideAndLease(deps, question, known)
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
     return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }
@@ -134,8 +135,19 @@ export function createResume(deps: ResumeDeps): Resume {
   }
 
   function unleased({ id, grantedAtMs, userId, serviceId, decisionId }: Claim, question: AccessQuestion) {
-    const expiresAtMs = clock()
-    return { id, grantedAtMs, userId, serviceId, decisionId, question, questionId: '', role: '', expiresAtMs }
+    const [expiresAtMs, assertedUntilMs] = [clock(), Number.POSITIVE_INFINITY]
+    return {
+      id,
+      grantedAtMs,
+      userId,
+      serviceId,
+      decisionId,
+      question,
+      questionId: '',
+      role: '',
+      expiresAtMs,
+      assertedUntilMs,
+    }
   }
 }
 

@@ -28,7 +28,7 @@ export type { Answer, ConnectionRevoked, OpenConnection }
 export type AskedQuestion = {
   /** Unique among what is in flight. Default: one that this side chooses. */
   id?: string
-  /** The user's id or e-mail address. */
+  /** The user's id or e-mail address; may be empty where an assertion says who it is. */
   user: string
   /** The service's id. */
   service: string
@@ -37,10 +37,14 @@ export type AskedQuestion = {
 }
 
 export type AuthorizationStream = {
-  /** Answers in the order of the questions. Any number: they are sent in messages of as many as one may carry. */
-  ask(questions: AskedQuestion[]): Promise<Answer[]>
+  /**
+   * Answers in the order of the questions. Any number: they are sent in messages of as many as one may carry.
+   *
+   * @param userAssertion a JWT of the user's issuer; the leases end with it unless they are renewed with a fresh one
+   */
+  ask(questions: AskedQuestion[], userAssertion?: string): Promise<Answer[]>
   /** Asks anew for leases that would expire. Answers in the order of the ids; one that is not allowed has ended. */
-  renew(connectionIds: string[]): Promise<Answer[]>
+  renew(connectionIds: string[], userAssertion?: string): Promise<Answer[]>
   /**
    * Holds connections of a stream that was lost on this one. Answers in the order of the ids; one that is not allowed has
    * ended, unless it has `retryAfter`. Rejects with INVALID_ARGUMENT where the server is of before there was such a thing.
@@ -206,7 +210,7 @@ export function openAuthorizations({
     closed,
     close,
 
-    async ask(questions) {
+    async ask(questions, userAssertion) {
       demandOpen()
       if (asked.size + questions.length > questionsInFlightMax) throw questionsUnanswered()
       const sent = numbered(questions)
@@ -215,11 +219,11 @@ export function openAuthorizations({
         throw invalidField('questions.id', 'has to be unique among the questions in flight')
       }
       const answers = sent.map(({ id }) => waitingIn(asked, id, {}))
-      for (const some of chunked(sent)) send({ $case: 'questions', value: { questions: some } })
+      for (const some of chunked(sent)) send({ $case: 'questions', value: { questions: some, userAssertion } })
       return Promise.all(answers)
     },
 
-    async renew(connectionIds) {
+    async renew(connectionIds, userAssertion) {
       demandOpen()
       const ids = [...new Set(connectionIds)]
       // The server ends the stream of a client that renews what it does not hold.
@@ -228,7 +232,7 @@ export function openAuthorizations({
       const busy = ids.find(id => renewing.has(id))
       if (busy !== undefined) throw invalidField('connection_ids', `${busy} is being renewed already`)
       const answers = new Map(ids.map(id => [id, waitingIn(renewing, id, { questionId: leases.get(id) })]))
-      for (const some of chunked(ids)) send({ $case: 'renew', value: { connectionIds: some } })
+      for (const some of chunked(ids)) send({ $case: 'renew', value: { connectionIds: some, userAssertion } })
       return Promise.all(connectionIds.map(id => answers.get(id)!))
     },
 
@@ -279,18 +283,20 @@ export async function check({
   credentials: { rootsPem, certificateChainPem, keyPem },
   question: { id = '', user, service, action = '' },
   deviceId = '',
+  userAssertion,
   timeoutMs = checkTimeoutMs,
 }: {
   server: Server
   credentials: Credentials
   question: AskedQuestion
   deviceId?: string
+  userAssertion?: string | undefined
   timeoutMs?: number
 }): Promise<Answer> {
   const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
   const client = new AuthorizeServiceClient(address, credentials, options)
   try {
-    const request = { question: { id, user, service, action }, deviceId }
+    const request = { question: { id, user, service, action }, deviceId, userAssertion }
     const deadline = Date.now() + timeoutMs
     const { answer } = await answerOf<CheckResponse>(done => client.check(request, new Metadata(), { deadline }, done))
     if (!answer)

@@ -1,4 +1,5 @@
 /** `edgemesh check`: asks for a decision and explains it. */
+import { readFile } from 'node:fs/promises'
 import { Command } from 'commander'
 import { type Answer, check } from '../agent/authorize-stream.ts'
 import { comparingClocks } from '../agent/server-clock.ts'
@@ -11,7 +12,8 @@ import { CommandFailure } from './failure.ts'
 import { renderFacts, renderTable } from './table.ts'
 
 type CheckOptions = ConnectionOptions & {
-  user: string
+  user?: string
+  userAssertionFile?: string
   service: string
   action: string
   device?: string
@@ -23,7 +25,8 @@ type CheckOptions = ConnectionOptions & {
 export function checkCommand(): Command {
   return connecting(new Command('check'))
     .description('ask whether a user on a device may reach a service now, and why')
-    .requiredOption('--user <user>', 'id or e-mail address')
+    .option('--user <user>', 'id or e-mail address; needed unless an assertion names the user')
+    .option('--user-assertion-file <path>', "a file with a JWT of the users' issuer; its text shows nowhere")
     .requiredOption('--service <id>')
     .option('--device <id>', 'the device that is asked about; needed unless --state is given')
     .option('--action <action>', 'what is to be done', 'connect')
@@ -39,6 +42,7 @@ Examples:
   edgemesh check --user ada@example.com --service orders --device laptop-7
   edgemesh check --user ada --service orders --device laptop-7 --explain
   edgemesh check --user ada --service orders --state ./laptop-7 --server localhost:8000
+  edgemesh check --user-assertion-file ./ada.jwt --service orders --state ./laptop-7
   edgemesh check --user ada --service orders --device laptop-7 --json | jq .reasons
 `,
     )
@@ -46,34 +50,51 @@ Examples:
 }
 
 async function ask(options: CheckOptions, command: Command): Promise<void> {
-  const { user, service, action } = options
+  const { user = '', service, action } = options
+  if (user === '' && options.userAssertionFile === undefined) {
+    command.error('error: give --user, or --user-assertion-file where an assertion says who it is')
+  }
   if (options.state === undefined && options.device === undefined) {
     command.error('error: give --device, or --state to ask as the device itself')
   }
   if (options.explain && options.state !== undefined) {
     command.error('error: --explain reads the record of the decision as an operator: give --device instead of --state')
   }
+  const userAssertion =
+    options.userAssertionFile === undefined ? undefined : await readAssertion(options.userAssertionFile)
   const { server, credentials } = await (options.state === undefined ? findServer(options) : findDevice(options))
   const asking = check({
     server,
     credentials,
     question: { user, service, action },
+    userAssertion,
     ...(options.device !== undefined && { deviceId: options.device }),
   })
   const answer = await comparingClocks(server, asking)
-  const record = options.explain && (await recordOf(answer, { ...options, server }))
+  // What was denied before policy was asked has no decision to explain.
+  const record = options.explain && answer.decisionId ? await recordOf(answer, { ...options, server }) : undefined
   // A denial has an explicit `allowed` too, which the JSON of the proto leaves out.
   if (options.json) {
     const { evaluatedAt, input } = record?.decision ?? {}
     const explained = record && { evaluatedAt, input, ...explanationJson(record.explanation) }
     console.log(JSON.stringify({ allowed: answer.allowed, ...(AnswerMessage.toJSON(answer) as object), ...explained }))
   } else {
-    console.log(describe(answer, options))
+    console.log(describe(answer, { ...options, user: user || 'the user of the assertion' }))
     if (record) console.log(describeRecord(record))
   }
   const note = record && explanationNote(record.explanation, answer.policyRevision)
   if (note) console.error(note)
   if (!answer.allowed) process.exitCode = 1
+}
+
+async function readAssertion(path: string): Promise<string> {
+  const text = await readFile(path, 'utf8').catch(error => {
+    throw new CommandFailure(
+      `${path} can not be read (${error.code})`,
+      'give a file that holds the assertion and nothing else',
+    )
+  })
+  return text.trim()
 }
 
 async function findDevice(options: CheckOptions) {
@@ -99,7 +120,7 @@ function describeRecord({ decision, explanation }: GetDecisionResponse): string 
   ].join('\n')
 }
 
-function describe(answer: Answer, { user, service, action, device }: CheckOptions): string {
+function describe(answer: Answer, { user, service, action, device }: CheckOptions & { user: string }): string {
   const where = device === undefined ? '' : ` on ${device}`
   const verdict = `${answer.allowed ? 'allowed' : 'denied'}: ${user} may ${answer.allowed ? '' : 'not '}${action} to ${service}${where}`
   const reasons = renderTable(

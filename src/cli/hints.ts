@@ -99,6 +99,9 @@ const hints: Readonly<Record<string, string>> = {
   ROTATION_NOT_READY:
     'see who is behind with: edgemesh ca progress --behind; go on without them with: edgemesh ca rotate --force',
 
+  // Users
+  USER_ASSERTION_KEYS_UNAVAILABLE: 'see that the server reaches USER_ASSERTION_JWKS_URL, and try again',
+
   // The server, as a client sees it
   SERVER_NOT_PINNED:
     'check the address, and that the token was made by this server: edgemesh token create --server HOST:PORT',

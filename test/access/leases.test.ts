@@ -154,6 +154,7 @@ function leaseOf(stream: Stream) {
     serviceId: 'payroll',
     role: 'admin',
     expiresAtMs: Date.now() + 3_600_000,
+    assertedUntilMs: Number.POSITIVE_INFINITY,
     decisionId: 'd',
     push({ lease }: { lease: Lease }) {
       if (stream.held !== lease) return

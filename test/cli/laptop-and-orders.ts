@@ -13,8 +13,9 @@ export type Outcome = { exitCode: number; stdout: string; stderr: string }
 /** The question that is allowed as long as the device is healthy. */
 export const question = ['--user', 'ada', '--service', 'orders', '--device', 'laptop-7']
 
-export async function laptopAndOrders(file: ExecutionContext) {
-  const mesh = await startEdgeMesh(file)
+/** @param env settings of the server beyond the defaults */
+export async function laptopAndOrders(file: ExecutionContext, env: Record<string, string> = {}) {
+  const mesh = await startEdgeMesh(file, env)
   const folder = await mkdtemp(join(tmpdir(), 'edgemesh-cli-'))
   file.teardown(() => rm(folder, { recursive: true }))
   const { certificatePem = '', keyPem = '', rootsPem } = mesh.operator

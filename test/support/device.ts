@@ -57,7 +57,7 @@ export function heartbeats(t: ExecutionContext, mesh: Pick<EdgeMesh, 'clients'>,
 }
 
 export type AuthorizeClient = {
-  ask(user: string, service: string, action?: string): Promise<Answer>
+  ask(user: string, service: string, action?: string, userAssertion?: string): Promise<Answer>
   send(kind: NonNullable<AuthorizeRequest['kind']>): void
   responses: AuthorizeResponse[]
   revoked: ConnectionRevoked[]
@@ -92,9 +92,10 @@ export function authorizations(
     revoked,
     ended,
     send: kind => void stream.write({ kind }),
-    async ask(user, service, action = '') {
+    async ask(user, service, action = '', userAssertion) {
       const id = `q${++questions}`
-      stream.write({ kind: { $case: 'questions', value: { questions: [{ id, user, service, action }] } } })
+      const value = { questions: [{ id, user, service, action }], userAssertion }
+      stream.write({ kind: { $case: 'questions', value } })
       const failed = ended.then(end => {
         throw new Error(`the authorize stream ended: ${JSON.stringify(end)}`)
       })

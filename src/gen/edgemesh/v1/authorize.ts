@@ -32,7 +32,7 @@ export const protobufFileName = "edgemesh/v1/authorize.proto";
 export interface Question {
   /** Chosen by the client, unique within what it has in flight; 64 characters at most. */
   id: string;
-  /** The user's id or e-mail address. */
+  /** The user's id or e-mail address. May be empty in a message with a user_assertion; if not, it has to be the same user. */
   user: string;
   /** The service's id. */
   service: string;
@@ -66,6 +66,12 @@ export interface CheckRequest {
     | undefined;
   /** Operators and services: the device that is asked about. Devices leave it empty or name themselves. */
   deviceId: string;
+  /**
+   * A JWT of the users' issuer that says who the user is; 8192 characters at most. Where USER_ASSERTION is "required",
+   * devices and services are denied without one; where it is "off", it is not looked at. The answer is good until the
+   * assertion expires at most. A denial because of it has a reason USER_ASSERTION_… and no decision_id.
+   */
+  userAssertion?: string | undefined;
 }
 
 export interface CheckResponse {
@@ -99,11 +105,21 @@ export interface AuthorizeRequest {
 export interface Questions {
   /** 128 at most. */
   questions: Question[];
+  /**
+   * As in CheckRequest, for all the questions. Leases end with it (USER_ASSERTION_EXPIRED) unless they are renewed with
+   * another one of the same user before.
+   */
+  userAssertion?: string | undefined;
 }
 
 export interface RenewConnections {
   /** 128 at most. */
   connectionIds: string[];
+  /**
+   * A fresh one, of the user of all these connections. What is renewed without one ends when it would have ended. One
+   * that is refused ends the connections.
+   */
+  userAssertion?: string | undefined;
 }
 
 export interface CloseConnections {
@@ -469,7 +485,7 @@ export const Answer: MessageFns<Answer> = {
 };
 
 function createBaseCheckRequest(): CheckRequest {
-  return { question: undefined, deviceId: "" };
+  return { question: undefined, deviceId: "", userAssertion: undefined };
 }
 
 export const CheckRequest: MessageFns<CheckRequest> = {
@@ -479,6 +495,9 @@ export const CheckRequest: MessageFns<CheckRequest> = {
     }
     if (message.deviceId !== "") {
       writer.uint32(18).string(message.deviceId);
+    }
+    if (message.userAssertion !== undefined) {
+      writer.uint32(26).string(message.userAssertion);
     }
     return writer;
   },
@@ -512,6 +531,14 @@ export const CheckRequest: MessageFns<CheckRequest> = {
             message.deviceId = reader.string();
             continue;
           }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.userAssertion = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -532,6 +559,9 @@ export const CheckRequest: MessageFns<CheckRequest> = {
     if (message.deviceId !== "") {
       obj.deviceId = message.deviceId;
     }
+    if (message.userAssertion !== undefined) {
+      obj.userAssertion = message.userAssertion;
+    }
     return obj;
   },
 
@@ -544,6 +574,7 @@ export const CheckRequest: MessageFns<CheckRequest> = {
       ? Question.fromPartial(object.question)
       : undefined;
     message.deviceId = object.deviceId ?? "";
+    message.userAssertion = object.userAssertion ?? undefined;
     return message;
   },
 };
@@ -796,13 +827,16 @@ export const AuthorizeRequest: MessageFns<AuthorizeRequest> = {
 };
 
 function createBaseQuestions(): Questions {
-  return { questions: [] };
+  return { questions: [], userAssertion: undefined };
 }
 
 export const Questions: MessageFns<Questions> = {
   encode(message: Questions, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     for (const v of message.questions) {
       Question.encode(v!, writer.uint32(10).fork()).join();
+    }
+    if (message.userAssertion !== undefined) {
+      writer.uint32(18).string(message.userAssertion);
     }
     return writer;
   },
@@ -828,6 +862,14 @@ export const Questions: MessageFns<Questions> = {
             message.questions.push(Question.decode(reader, reader.uint32()));
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.userAssertion = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -845,6 +887,9 @@ export const Questions: MessageFns<Questions> = {
     if (message.questions?.length) {
       obj.questions = message.questions.map((e) => Question.toJSON(e));
     }
+    if (message.userAssertion !== undefined) {
+      obj.userAssertion = message.userAssertion;
+    }
     return obj;
   },
 
@@ -854,18 +899,22 @@ export const Questions: MessageFns<Questions> = {
   fromPartial<I extends Exact<DeepPartial<Questions>, I>>(object: I): Questions {
     const message = createBaseQuestions();
     message.questions = object.questions?.map((e) => Question.fromPartial(e)) || [];
+    message.userAssertion = object.userAssertion ?? undefined;
     return message;
   },
 };
 
 function createBaseRenewConnections(): RenewConnections {
-  return { connectionIds: [] };
+  return { connectionIds: [], userAssertion: undefined };
 }
 
 export const RenewConnections: MessageFns<RenewConnections> = {
   encode(message: RenewConnections, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     for (const v of message.connectionIds) {
       writer.uint32(10).string(v!);
+    }
+    if (message.userAssertion !== undefined) {
+      writer.uint32(18).string(message.userAssertion);
     }
     return writer;
   },
@@ -891,6 +940,14 @@ export const RenewConnections: MessageFns<RenewConnections> = {
             message.connectionIds.push(reader.string());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.userAssertion = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -908,6 +965,9 @@ export const RenewConnections: MessageFns<RenewConnections> = {
     if (message.connectionIds?.length) {
       obj.connectionIds = message.connectionIds;
     }
+    if (message.userAssertion !== undefined) {
+      obj.userAssertion = message.userAssertion;
+    }
     return obj;
   },
 
@@ -917,6 +977,7 @@ export const RenewConnections: MessageFns<RenewConnections> = {
   fromPartial<I extends Exact<DeepPartial<RenewConnections>, I>>(object: I): RenewConnections {
     const message = createBaseRenewConnections();
     message.connectionIds = object.connectionIds?.map((e) => e) || [];
+    message.userAssertion = object.userAssertion ?? undefined;
     return message;
   },
 };
