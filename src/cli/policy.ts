@@ -8,6 +8,7 @@ import { decisionsAPage, wordOf } from './decision.ts'
 import { parseDuration } from './duration.ts'
 import { wholeNumber } from './option-values.ts'
 import { buildCommand } from './policy-build.ts'
+import { hoursCommand, requireCommand } from './policy-data.ts'
 import { compare, flipJson, type Tally, tallyOf } from './policy-diff.ts'
 import { renderFacts, renderTable } from './table.ts'
 
@@ -15,6 +16,8 @@ export function policyCommand(): Command {
   return new Command('policy')
     .description('the policy that decides, and what another one would change')
     .addCommand(showCommand())
+    .addCommand(hoursCommand(dataFacts))
+    .addCommand(requireCommand(dataFacts))
     .addCommand(diffCommand())
     .addCommand(buildCommand())
     .addHelpText(
@@ -22,6 +25,7 @@ export function policyCommand(): Command {
       `
 Examples:
   edgemesh policy show
+  edgemesh policy hours --from 08:00 --until 18:00 --timezone Europe/Berlin --exempt admin
   edgemesh policy diff ./policies --since 24h
   edgemesh policy build ./policies --out /etc/edgemesh/policy
 `,

@@ -9,6 +9,7 @@ import { connectionCommand } from './connection.ts'
 import { decisionCommand } from './decision.ts'
 import { devCommand } from './dev.ts'
 import { deviceCommand } from './device.ts'
+import { grantCommand } from './grant.ts'
 import { migrateCommand } from './migrate.ts'
 import { operatorCommand } from './operator.ts'
 import { policyCommand } from './policy.ts'
@@ -43,6 +44,7 @@ Examples:
   program.addCommand(serviceIdentityCommand())
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
+  program.addCommand(grantCommand())
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
   for (const command of [decisionCommand(), policyCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')

@@ -3,14 +3,18 @@ import { Command, Option } from 'commander'
 import { User, UserStatus } from '../gen/edgemesh/v1/admin.ts'
 import { type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'
 import { valueFor, wordFor, wordsOf } from './enum-words.ts'
+import { CommandFailure } from './failure.ts'
 import { type ListOptions, listing, printList } from './listing.ts'
+import { renderFacts } from './table.ts'
 
 export function userCommand(): Command {
   return new Command('user')
     .description('users: the people whose access is decided')
     .addCommand(createCommand())
     .addCommand(listCommand())
+    .addCommand(showCommand())
     .addCommand(updateCommand())
+    .addCommand(deleteCommand())
     .addHelpText(
       'after',
       `
@@ -118,5 +122,61 @@ Examples:
           else console.log(`user ${id} is ${wordFor(UserStatus, user?.status ?? 0)}, with role ${user?.role}`)
         })
       },
+    )
+}
+
+function showCommand(): Command {
+  return connecting(new Command('show'))
+    .description('everything that is known of a user')
+    .argument('<id>', 'or the e-mail address')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+Examples:
+  edgemesh user show ada@example.com
+`,
+    )
+    .action((id: string, options: ConnectionOptions & { json?: true }) =>
+      withAdmin(options, async admin => {
+        const { user } = await admin.call('getUser', { id })
+        if (!user) throw new CommandFailure(`the server has sent no user ${id}`)
+        if (options.json) console.log(JSON.stringify(User.toJSON(user)))
+        else {
+          const { email, name, role, createdAt } = user
+          console.log(
+            renderFacts({
+              id: user.id,
+              email,
+              name,
+              role,
+              status: wordFor(UserStatus, user.status),
+              created: createdAt,
+            }),
+          )
+        }
+      }),
+    )
+}
+
+function deleteCommand(): Command {
+  return connecting(new Command('delete'))
+    .description('remove a user; the connections of the user end at once, and what was decided stays on record')
+    .argument('<id>')
+    .option('--json', 'one JSON document')
+    .addHelpText(
+      'after',
+      `
+To keep somebody out for a while: edgemesh user update ID --status disabled
+
+Examples:
+  edgemesh user delete ada
+`,
+    )
+    .action((id: string, options: ConnectionOptions & { json?: true }) =>
+      withAdmin(options, async admin => {
+        await admin.call('deleteUser', { id })
+        console.log(options.json ? JSON.stringify({ id, deleted: true }) : `user ${id} is deleted`)
+      }),
     )
 }

@@ -38,5 +38,5 @@ export async function laptopAndOrders(file: ExecutionContext, env: Record<string
   const device = await mesh.enroll({ device: { id: 'laptop-7', labels: { site: 'berlin' } } })
   const stream = heartbeats(file, mesh, device)
   await stream.beat(healthy)
-  return { mesh, edgemesh, stream }
+  return { mesh, edgemesh, stream, device }
 }
