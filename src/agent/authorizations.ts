@@ -76,7 +76,11 @@ export function keepAuthorizations({
   function open(): AuthorizationStream {
     const opened: AuthorizationStream = openAuthorizations({
       ...target,
-      onRevoked: ({ connectionId, reasons, decisionId }) => end({ connectionId, reasons, decisionId }),
+      onRevoked({ connectionId, reasons, decisionId }) {
+        // The next stream may hold it by now. If it can't be told, that one is lost too.
+        if (stream && stream !== opened) stream.closeConnections([connectionId]).catch(() => {})
+        return end({ connectionId, reasons, decisionId })
+      },
       onClosed: error => lost(opened, error),
     })
     return opened
