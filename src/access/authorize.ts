@@ -269,14 +269,15 @@ export function createAuthorize(deps: ContinuousDeps) {
 
     async function renewOne(id: string, lease: Lease | undefined, userAssertion: string): Promise<Answer> {
       if (!lease) return { ...denial('', notHeld), connectionId: id }
-      const { questionId, decisionId } = lease
+      const { questionId, decisionId, turn } = lease
       try {
         await renewAssertion(deps, lease, userAssertion)
         const decided = await deps.decider.decide(lease.question)
         const verdict = endingBy(decided.verdict, lease.assertedUntilMs)
         // A denial is told here and pushed by the lease's own watch: whichever comes first ends the connection.
         const allow = verdict.allow && lease.state === 'active'
-        if (allow) lease.expiresAtMs = verdict.expiresAtMs
+        // What has been decided anew meanwhile knows more than this does.
+        if (allow && lease.turn === turn) lease.expiresAtMs = verdict.expiresAtMs
         return answerOf(questionId, { ...verdict, allow }, decisionId, id)
       } catch (error) {
         if (error instanceof UserAssertionRefused) {
