@@ -411,6 +411,22 @@ test('of identical questions that are asked at the same time, one is put to the 
   t.is(asked, 3)
 })
 
+test('an answer that rests on the time of day ends with a whole second, and where clocks are put forward or back', async t => {
+  const question = { deviceId: 'alpha', user: 'ada', service: 'orders', action: 'connect' }
+  const endOf = async (at: string, timezone: string) => {
+    const decider = deciderOver(replaceablePolicy(), () => Date.parse(at), { ...berlin, timezone })
+    const { verdict } = await decider.decide(question)
+    return new Date(verdict.expiresAtMs).toISOString()
+  }
+  // A denial holds for a minute, if nothing comes before.
+  t.is(await endOf('2026-03-28T00:59:30.900Z', 'Europe/Berlin'), '2026-03-28T01:00:30.000Z')
+  t.is(await endOf('2026-03-29T00:59:30.900Z', 'Europe/Berlin'), '2026-03-29T01:00:00.000Z')
+  t.is(await endOf('2026-10-25T00:59:30Z', 'Europe/Berlin'), '2026-10-25T01:00:00.000Z')
+  t.is(await endOf('2026-10-25T00:59:30Z', 'UTC'), '2026-10-25T01:00:30.000Z')
+  // Lord Howe's clocks are put forward by half an hour.
+  t.is(await endOf('2026-10-03T15:29:59Z', 'Australia/Lord_Howe'), '2026-10-03T15:30:00.000Z')
+})
+
 test('an allow that is over before it arrives is none', async t => {
   let time = start
   const allowed = { allow: true, reasons: [], validForSeconds: 1, clockUsed: true, revision: 'shipped' }
