@@ -53,7 +53,7 @@ permitted_roles contains "admin"
 permitted_roles contains some_role if {
 	is_string(input.method)
 	some some_role in {"operator", "auditor"}
-	some verb in {"List", "Get", "Search", "Tail"}
+	some verb in {"List", "Get", "Search", "Tail", "Export"}
 	startswith(input.method, verb)
 }
 

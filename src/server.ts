@@ -24,9 +24,10 @@ import { startShippedPolicy } from './access/policy-wasm.ts'
 import { createResume } from './access/resume.ts'
 import { watchRevocations } from './access/revocations.ts'
 import { createUserAssertions } from './access/user-assertion.ts'
-import { adminHandlers } from './admin/admin-service.ts'
+import { adminHandlers, adminStreams } from './admin/admin-service.ts'
 import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
+import { createFollower } from './audit/follower.ts'
 import { startJournal } from './audit/journal.ts'
 import { sealKeyFrom } from './audit/seals.ts'
 import { type Clock, systemClock } from './clock.ts'
@@ -171,6 +172,7 @@ async function compose(
     onCommit: metrics.auditCommit,
   })
   stops.push(journal.stop)
+  const follower = createFollower({ pool: db.pool, clock, log })
 
   // Identity
   startedAt = performance.now()
@@ -405,6 +407,7 @@ async function compose(
           engine: settings.opa.url ? 'opa-server' : 'in-process',
         },
       }),
+      adminStreams: adminStreams({ db, clock, follower }),
     },
     clock,
   )
@@ -494,6 +497,7 @@ async function compose(
           retryAfterMs: 1_000,
         })
         approvals.endAll(draining)
+        follower.endAll(draining)
         // A stream that is cut has its device come back late, so each stays until its device has opened another elsewhere.
         while (dispatch.streamsOpen().size > 0 && performance.now() < drainEndsAt) await sleep(drainLookMs)
         dispatch.finishAll(draining)

@@ -4,13 +4,14 @@
  * Who may call what has been decided (policies/admin.rego) before a handler runs. Each one checks its request whole
  * before it touches anything; each change is one transaction with its announcement and its audit event (`change.ts`).
  */
-import type { handleUnaryCall } from '@grpc/grpc-js'
+import type { handleServerStreamingCall, handleUnaryCall } from '@grpc/grpc-js'
 import type { PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
 import type { AdminServiceServer } from '../gen/edgemesh/v1/admin.ts'
 import { auditEventHandlers } from './audit-events.ts'
+import { type AuditStreamDeps, auditStreamHandlers } from './audit-streams.ts'
 import { type AuthorityDeps, authorityHandlers } from './authority.ts'
 import { connectionHandlers } from './connections.ts'
 import { decisionHandlers } from './decisions.ts'
@@ -46,7 +47,6 @@ type AdminHandlers = {
     : never
 }
 
-/** Methods without a handler are answered UNIMPLEMENTED: tailing audit, rotation. */
 export function adminHandlers(deps: AdminDeps) {
   return {
     ...tokenHandlers(deps),
@@ -61,4 +61,17 @@ export function adminHandlers(deps: AdminDeps) {
     ...operatorHandlers(deps),
     ...policyDataHandlers(deps),
   } satisfies Partial<AdminHandlers>
+}
+
+/** Every method that the proto declares with a stream of answers, as a handler. */
+type AdminStreamHandlers = {
+  [Method in keyof AdminServiceServer as string extends Method
+    ? never
+    : Method]: AdminServiceServer[Method] extends handleServerStreamingCall<infer Request, infer Response>
+    ? (request: Request, call: Call) => AsyncIterable<Response>
+    : never
+}
+
+export function adminStreams(deps: AuditStreamDeps) {
+  return { ...auditStreamHandlers(deps) } satisfies Partial<AdminStreamHandlers>
 }

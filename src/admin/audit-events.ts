@@ -1,6 +1,7 @@
 /** Audit events: who called what, from where, and how it ended. Read only: nobody changes or removes one. */
 import { z } from 'zod'
 import { AuditEvent } from '../audit/entities.ts'
+import type { EventRow } from '../audit/follow.ts'
 import type { Call } from '../caller.ts'
 import type { Database } from '../db/orm.ts'
 import type {
@@ -14,7 +15,7 @@ import { check, text, time } from './request.ts'
 /** As long as the longest SPIFFE ID. */
 const filterCharactersMax = 2_048
 
-const filter = text(filterCharactersMax)
+export const filter = text(filterCharactersMax)
 /** As `toISOString` writes it, and of a year that PostgreSQL knows: it has no year 0. */
 const tokenTime = z.iso.datetime({ precision: 3 }).refine(text => !text.startsWith('0000'))
 
@@ -66,7 +67,7 @@ export function auditEventHandlers({ db }: { db: Database }) {
   }
 }
 
-function eventMessage(event: AuditEvent): AuditEventMessage {
+export function eventMessage(event: EventRow): AuditEventMessage {
   return {
     id: event.id,
     at: event.at,

@@ -117,7 +117,7 @@ export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<Po
   }
 }
 
-function decisionMessage({ question, ...row }: DecisionRow): DecisionMessage {
+export function decisionMessage({ question, ...row }: DecisionRow): DecisionMessage {
   return {
     id: `${row.id}.${row.position}`,
     decidedAt: new Date(row.at),

@@ -8,7 +8,7 @@
  *     )
  */
 import { join } from 'node:path'
-import { type Client, Metadata } from '@grpc/grpc-js'
+import { type Client, type ClientReadableStream, Metadata } from '@grpc/grpc-js'
 import type { Command } from 'commander'
 import { answerOf, type Credentials, channelTo } from '../agent/channel.ts'
 import { comparingClocks } from '../agent/server-clock.ts'
@@ -54,14 +54,25 @@ type Methods = typeof AdminServiceService
 /** Methods with one request and one answer. */
 type UnaryMethod = { [M in keyof Methods]: Methods[M] extends { responseStream: false } ? M : never }[keyof Methods]
 
-type RequestOf<M extends UnaryMethod> = Parameters<Methods[M]['requestSerialize']>[0]
-type ResponseOf<M extends UnaryMethod> = ReturnType<Methods[M]['responseDeserialize']>
+type RequestOf<M extends keyof Methods> = Parameters<Methods[M]['requestSerialize']>[0]
+type ResponseOf<M extends keyof Methods> = ReturnType<Methods[M]['responseDeserialize']>
+
+/** Methods with one request and a stream of answers. */
+type StreamMethod = Exclude<keyof Methods, UnaryMethod>
 
 export type AdminClient = {
   /** @throws ServiceError, within `callMsMax` */
   call<M extends UnaryMethod>(method: M, request: RequestOf<M>): Promise<ResponseOf<M>>
+  /**
+   * The answers, as fast as they are taken. Has to be cancelled by who does not take them all.
+   *
+   * @throws ServiceError while they are taken
+   */
+  stream<M extends StreamMethod>(method: M, request: RequestOf<M>): Answers<ResponseOf<M>>
   close(): void
 }
+
+type Answers<T> = AsyncIterable<T> & Pick<ClientReadableStream<T>, 'cancel'>
 
 export function openAdminClient(server: string, { keyPem, certificateChainPem, rootsPem }: Credentials): AdminClient {
   const target = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
@@ -80,6 +91,15 @@ export function openAdminClient(server: string, { keyPem, certificateChainPem, r
           done,
         ),
       ) as Promise<ResponseOf<M>>
+    },
+    stream<M extends StreamMethod>(method: M, request: RequestOf<M>): Answers<ResponseOf<M>> {
+      const { path, requestSerialize, responseDeserialize } = AdminServiceService[method]
+      return client.makeServerStreamRequest(
+        path,
+        requestSerialize as (request: RequestOf<M>) => Buffer,
+        responseDeserialize as (bytes: Buffer) => ResponseOf<M>,
+        request,
+      )
     },
     close: () => client.close(),
   }

@@ -7,6 +7,7 @@ import { AuditEvent } from '../gen/edgemesh/v1/admin.ts'
 import { readSettings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
 import { type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'
+import { exportCommand, filtering, tailCommand } from './audit-streams.ts'
 import { CommandFailure } from './failure.ts'
 import { type ListOptions, listing, printList } from './listing.ts'
 import { isGiven, withSecretsIfKept, withThrowawaySecrets } from './local-secrets.ts'
@@ -16,13 +17,17 @@ import { renderTable } from './table.ts'
 export function auditCommand(): Command {
   return new Command('audit')
     .description('the audit log: every call, denied ones too')
+    .addCommand(tailCommand())
     .addCommand(searchCommand())
+    .addCommand(exportCommand())
     .addCommand(verifyCommand())
     .addHelpText(
       'after',
       `
 Examples:
+  edgemesh audit tail
   edgemesh audit search --target device/laptop-7
+  edgemesh audit export --since 2026-01-31 > audit.ndjson
   edgemesh audit verify --since 2026-01-31
 `,
     )
@@ -31,12 +36,8 @@ Examples:
 type Filters = { actor?: string; method?: string; target?: string; code?: string; after?: Date; before?: Date }
 
 function searchCommand(): Command {
-  return listing(connecting(new Command('search')))
+  return filtering(listing(connecting(new Command('search'))))
     .description('events that match all of the filters')
-    .option('--actor <spiffe-id>', 'who called, such as spiffe://edgemesh.local/operator/admin')
-    .option('--method <name>', 'full method name, such as /edgemesh.v1.AdminService/RevokeDevice')
-    .option('--target <target>', 'what was acted on, such as device/laptop-7')
-    .option('--code <code>', 'how it ended, such as OK or PERMISSION_DENIED')
     .option('--after <moment>', 'not before this, such as 2026-01-31 or 2026-01-31T08:00:00Z', moment)
     .option('--before <moment>', 'before this', moment)
     .addHelpText(

@@ -119,6 +119,6 @@ export function wordOf({ allowed }: Pick<Decision, 'allowed'>): string {
 }
 
 /** A denial has an explicit `allowed` too, which the JSON of the proto leaves out. */
-function jsonOf(decision: Decision): object {
+export function jsonOf(decision: Decision): object {
   return { allowed: decision.allowed, ...(Decision.toJSON(decision) as object) }
 }

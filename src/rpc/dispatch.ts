@@ -221,7 +221,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         for await (const response of handle(wellFormed(grpcCall.request), call)) {
           if (call.signal.aborted) throw call.signal.reason
           await auditSuccess(call)
-          grpcCall.write(response)
+          if (!grpcCall.write(response)) await drained(grpcCall, call.signal)
         }
         options.onCall(method, 'OK')
         grpcCall.end(serverTime())
@@ -353,6 +353,20 @@ function lazyAbort() {
 const gonePeer: Peer = {
   address: '',
   identity: { refused: 'CERTIFICATE_MISSING', message: 'the connection has gone' },
+}
+
+/** Resolves when the caller has taken what was sent, or when the call is over: whoever writes on finds that out. */
+function drained(stream: ServerWritableStream<unknown, unknown>, signal: AbortSignal): Promise<void> {
+  return new Promise(resolve => {
+    const done = () => {
+      stream.off('drain', done)
+      signal.removeEventListener('abort', done)
+      resolve()
+    }
+    stream.once('drain', done)
+    signal.addEventListener('abort', done)
+    if (signal.aborted) done()
+  })
 }
 
 /** The caller's clock, by a call whose one request says when it was sent. */

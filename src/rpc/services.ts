@@ -33,6 +33,7 @@ export type Handlers = {
   envoyCheck: ReturnType<typeof createEnvoyCheck>
   /** By the names of the generated AdminServiceServer. */
   admin: Record<string, (request: never, call: Call) => Promise<unknown>>
+  adminStreams: Record<string, (request: never, call: Call) => AsyncIterable<unknown>>
 }
 
 export type HealthStatus = { setServing(serving: boolean): void }
@@ -96,6 +97,13 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
       kind: 'unary',
       access: 'operator',
       handle: handle as (request: unknown, call: Call) => Promise<unknown>,
+    }
+  }
+  for (const [name, handle] of Object.entries(handlers.adminStreams)) {
+    admin[name] = {
+      kind: 'serverStream',
+      access: 'operator',
+      handle: handle as (request: unknown, call: Call) => AsyncIterable<unknown>,
     }
   }
   dispatch.add(AdminServiceService as unknown as ServiceDefinition, admin, 'operator')

@@ -1,14 +1,17 @@
 /** An operator before a service with an empty database: what every test here starts from. */
 import type { ExecutionContext } from 'ava'
-import { type AdminDeps, adminHandlers } from '../../src/admin/admin-service.ts'
+import { type AdminDeps, adminHandlers, adminStreams } from '../../src/admin/admin-service.ts'
 import { AuditEvent } from '../../src/audit/entities.ts'
+import { createFollower } from '../../src/audit/follower.ts'
 import type { Call } from '../../src/caller.ts'
 import { readPayload } from '../../src/db/change-feed.ts'
 import { Fault, type FaultCode } from '../../src/fault.ts'
 import { authoritySet, type Generation } from '../../src/identity/authorities.ts'
 import { createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
+import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from '../support/postgres.ts'
 
+const log = createLog({ level: 'silent' })
 export const start = Date.parse('2026-03-02T10:00:00Z')
 export const tokenSecret = 'a secret of tests that is long enough'
 
@@ -62,9 +65,11 @@ export async function operator(t: ExecutionContext<unknown>) {
       }),
     },
   })
+  const clock = () => time.now
   return {
     db,
     admin,
+    streams: adminStreams({ db, clock, follower: createFollower({ pool: db.pool, clock, log }) }),
     /** Set `time.now` to let time pass. */
     time,
     call: newCall,

@@ -80,23 +80,6 @@ test('probes and scrapers are answered over HTTP', async t => {
   t.is((await get('/')).status, 404)
 })
 
-for (const [method, request] of [['tailAuditEvents', { actor: '', method: '', target: '' }]] as const) {
-  test(`${method} is not there yet, and only an operator is told so`, async t => {
-    const mesh = shared()
-    const ask = (client: EdgeMesh['admin']) =>
-      method === 'tailAuditEvents'
-        ? new Promise((resolve, reject) =>
-            client.tailAuditEvents(request).on('error', reject).on('end', resolve).resume(),
-          )
-        : unary(client, method, request)
-    const told = await refused(ask(mesh.admin))
-    t.is(told.code, 'UNIMPLEMENTED')
-    t.regex(told.message, /not available in this version/)
-    t.is((await refused(ask(mesh.clients(await mesh.enroll()).admin))).code, 'PERMISSION_DENIED')
-    t.is((await refused(ask(mesh.clients(mesh.anonymous).admin))).code, 'UNAUTHENTICATED')
-  })
-}
-
 test.serial('an instance that stops says so, acknowledges what it was told, and sends devices elsewhere', async t => {
   const listening = () => process.getActiveResourcesInfo().filter(kind => kind === 'TCPServerWrap').length
   const before = listening()

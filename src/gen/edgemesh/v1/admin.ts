@@ -145,6 +145,29 @@ export function connectionStatusToJSON(object: ConnectionStatus): string {
   }
 }
 
+export const AuditRecordKind = { UNSPECIFIED: 0, EVENT: 1, DECISION: 2 } as const;
+
+export type AuditRecordKind = typeof AuditRecordKind[keyof typeof AuditRecordKind];
+
+export namespace AuditRecordKind {
+  export type UNSPECIFIED = typeof AuditRecordKind.UNSPECIFIED;
+  export type EVENT = typeof AuditRecordKind.EVENT;
+  export type DECISION = typeof AuditRecordKind.DECISION;
+}
+
+export function auditRecordKindToJSON(object: AuditRecordKind): string {
+  switch (object) {
+    case AuditRecordKind.UNSPECIFIED:
+      return "AUDIT_RECORD_KIND_UNSPECIFIED";
+    case AuditRecordKind.EVENT:
+      return "AUDIT_RECORD_KIND_EVENT";
+    case AuditRecordKind.DECISION:
+      return "AUDIT_RECORD_KIND_DECISION";
+    default:
+      throw new globalThis.Error("Unrecognized enum value " + object + " for enum AuditRecordKind");
+  }
+}
+
 export const AuthorityRotationStage = { UNSPECIFIED: 0, STABLE: 1, PUBLISHED: 2, ISSUING: 3, RETIRING: 4 } as const;
 
 export type AuthorityRotationStage = typeof AuthorityRotationStage[keyof typeof AuthorityRotationStage];
@@ -746,14 +769,57 @@ export interface SearchAuditEventsResponse {
   nextPageToken: string;
 }
 
+/** Filters match whole values. What the stream begins with is one of these: after_checkpoint, since, last. */
 export interface TailAuditEventsRequest {
   actor: string;
   method: string;
   target: string;
+  code: string;
+  /** Begins with so many of the newest events, 1,000 at most. */
+  last: number;
+  /** Begins with all events that are not older than this. */
+  since:
+    | Date
+    | undefined;
+  /** Goes on where a stream with that checkpoint was lost. */
+  afterCheckpoint: string;
 }
 
 export interface TailAuditEventsResponse {
-  event: AuditEvent | undefined;
+  event:
+    | AuditEvent
+    | undefined;
+  /**
+   * In a message of its own, the first of the stream among them: where to go on when the stream is lost. What came behind
+   * it comes again then, under the same ids.
+   */
+  checkpoint: string;
+}
+
+export interface ExportAuditRecordsRequest {
+  /** Only these kinds; none: all. */
+  kinds: AuditRecordKind[];
+  /** Not before this. */
+  since:
+    | Date
+    | undefined;
+  /** Before this. An export that has such an end gives no checkpoint. */
+  until:
+    | Date
+    | undefined;
+  /** Goes on where another export with the same kinds has ended. */
+  afterCheckpoint: string;
+  /** Does not end, but goes on with what comes. */
+  follow: boolean;
+}
+
+export interface ExportAuditRecordsResponse {
+  record:
+    | { $case: "event"; value: AuditEvent }
+    | { $case: "decision"; value: Decision }
+    | undefined;
+  /** In a message of its own, the last of the stream among them: where to go on. */
+  checkpoint: string;
 }
 
 export interface GetAuthorityRequest {
@@ -8192,7 +8258,7 @@ export const SearchAuditEventsResponse: MessageFns<SearchAuditEventsResponse> = 
 };
 
 function createBaseTailAuditEventsRequest(): TailAuditEventsRequest {
-  return { actor: "", method: "", target: "" };
+  return { actor: "", method: "", target: "", code: "", last: 0, since: undefined, afterCheckpoint: "" };
 }
 
 export const TailAuditEventsRequest: MessageFns<TailAuditEventsRequest> = {
@@ -8205,6 +8271,18 @@ export const TailAuditEventsRequest: MessageFns<TailAuditEventsRequest> = {
     }
     if (message.target !== "") {
       writer.uint32(26).string(message.target);
+    }
+    if (message.code !== "") {
+      writer.uint32(34).string(message.code);
+    }
+    if (message.last !== 0) {
+      writer.uint32(40).uint32(message.last);
+    }
+    if (message.since !== undefined) {
+      Timestamp.encode(toTimestamp(message.since), writer.uint32(50).fork()).join();
+    }
+    if (message.afterCheckpoint !== "") {
+      writer.uint32(58).string(message.afterCheckpoint);
     }
     return writer;
   },
@@ -8246,6 +8324,38 @@ export const TailAuditEventsRequest: MessageFns<TailAuditEventsRequest> = {
             message.target = reader.string();
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.code = reader.string();
+            continue;
+          }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.last = reader.uint32();
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.since = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.afterCheckpoint = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -8269,6 +8379,18 @@ export const TailAuditEventsRequest: MessageFns<TailAuditEventsRequest> = {
     if (message.target !== "") {
       obj.target = message.target;
     }
+    if (message.code !== "") {
+      obj.code = message.code;
+    }
+    if (message.last !== 0) {
+      obj.last = Math.round(message.last);
+    }
+    if (message.since !== undefined) {
+      obj.since = message.since.toISOString();
+    }
+    if (message.afterCheckpoint !== "") {
+      obj.afterCheckpoint = message.afterCheckpoint;
+    }
     return obj;
   },
 
@@ -8280,18 +8402,25 @@ export const TailAuditEventsRequest: MessageFns<TailAuditEventsRequest> = {
     message.actor = object.actor ?? "";
     message.method = object.method ?? "";
     message.target = object.target ?? "";
+    message.code = object.code ?? "";
+    message.last = object.last ?? 0;
+    message.since = object.since ?? undefined;
+    message.afterCheckpoint = object.afterCheckpoint ?? "";
     return message;
   },
 };
 
 function createBaseTailAuditEventsResponse(): TailAuditEventsResponse {
-  return { event: undefined };
+  return { event: undefined, checkpoint: "" };
 }
 
 export const TailAuditEventsResponse: MessageFns<TailAuditEventsResponse> = {
   encode(message: TailAuditEventsResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.event !== undefined) {
       AuditEvent.encode(message.event, writer.uint32(10).fork()).join();
+    }
+    if (message.checkpoint !== "") {
+      writer.uint32(18).string(message.checkpoint);
     }
     return writer;
   },
@@ -8317,6 +8446,14 @@ export const TailAuditEventsResponse: MessageFns<TailAuditEventsResponse> = {
             message.event = AuditEvent.decode(reader, reader.uint32());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.checkpoint = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -8334,6 +8471,9 @@ export const TailAuditEventsResponse: MessageFns<TailAuditEventsResponse> = {
     if (message.event !== undefined) {
       obj.event = AuditEvent.toJSON(message.event);
     }
+    if (message.checkpoint !== "") {
+      obj.checkpoint = message.checkpoint;
+    }
     return obj;
   },
 
@@ -8345,6 +8485,250 @@ export const TailAuditEventsResponse: MessageFns<TailAuditEventsResponse> = {
     message.event = (object.event !== undefined && object.event !== null)
       ? AuditEvent.fromPartial(object.event)
       : undefined;
+    message.checkpoint = object.checkpoint ?? "";
+    return message;
+  },
+};
+
+function createBaseExportAuditRecordsRequest(): ExportAuditRecordsRequest {
+  return { kinds: [], since: undefined, until: undefined, afterCheckpoint: "", follow: false };
+}
+
+export const ExportAuditRecordsRequest: MessageFns<ExportAuditRecordsRequest> = {
+  encode(message: ExportAuditRecordsRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.kinds.length !== 0) {
+      writer.uint32(10).fork();
+      for (const v of message.kinds) {
+        writer.int32(v);
+      }
+      writer.join();
+    }
+    if (message.since !== undefined) {
+      Timestamp.encode(toTimestamp(message.since), writer.uint32(18).fork()).join();
+    }
+    if (message.until !== undefined) {
+      Timestamp.encode(toTimestamp(message.until), writer.uint32(26).fork()).join();
+    }
+    if (message.afterCheckpoint !== "") {
+      writer.uint32(34).string(message.afterCheckpoint);
+    }
+    if (message.follow !== false) {
+      writer.uint32(40).bool(message.follow);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ExportAuditRecordsRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseExportAuditRecordsRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag === 8) {
+              message.kinds.push(reader.int32() as any);
+
+              continue;
+            }
+
+            if (tag === 10) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.kinds.push(reader.int32() as any);
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.since = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.until = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.afterCheckpoint = reader.string();
+            continue;
+          }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.follow = reader.bool();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ExportAuditRecordsRequest): unknown {
+    const obj: any = {};
+    if (message.kinds?.length) {
+      obj.kinds = message.kinds.map((e) => auditRecordKindToJSON(e));
+    }
+    if (message.since !== undefined) {
+      obj.since = message.since.toISOString();
+    }
+    if (message.until !== undefined) {
+      obj.until = message.until.toISOString();
+    }
+    if (message.afterCheckpoint !== "") {
+      obj.afterCheckpoint = message.afterCheckpoint;
+    }
+    if (message.follow !== false) {
+      obj.follow = message.follow;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ExportAuditRecordsRequest>, I>>(base?: I): ExportAuditRecordsRequest {
+    return ExportAuditRecordsRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ExportAuditRecordsRequest>, I>>(object: I): ExportAuditRecordsRequest {
+    const message = createBaseExportAuditRecordsRequest();
+    message.kinds = object.kinds?.map((e) => e) || [];
+    message.since = object.since ?? undefined;
+    message.until = object.until ?? undefined;
+    message.afterCheckpoint = object.afterCheckpoint ?? "";
+    message.follow = object.follow ?? false;
+    return message;
+  },
+};
+
+function createBaseExportAuditRecordsResponse(): ExportAuditRecordsResponse {
+  return { record: undefined, checkpoint: "" };
+}
+
+export const ExportAuditRecordsResponse: MessageFns<ExportAuditRecordsResponse> = {
+  encode(message: ExportAuditRecordsResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    switch (message.record?.$case) {
+      case "event":
+        AuditEvent.encode(message.record.value, writer.uint32(10).fork()).join();
+        break;
+      case "decision":
+        Decision.encode(message.record.value, writer.uint32(18).fork()).join();
+        break;
+    }
+    if (message.checkpoint !== "") {
+      writer.uint32(26).string(message.checkpoint);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ExportAuditRecordsResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseExportAuditRecordsResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.record = { $case: "event", value: AuditEvent.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.record = { $case: "decision", value: Decision.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.checkpoint = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ExportAuditRecordsResponse): unknown {
+    const obj: any = {};
+    if (message.record?.$case === "event") {
+      obj.event = AuditEvent.toJSON(message.record.value);
+    } else if (message.record?.$case === "decision") {
+      obj.decision = Decision.toJSON(message.record.value);
+    }
+    if (message.checkpoint !== "") {
+      obj.checkpoint = message.checkpoint;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ExportAuditRecordsResponse>, I>>(base?: I): ExportAuditRecordsResponse {
+    return ExportAuditRecordsResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ExportAuditRecordsResponse>, I>>(object: I): ExportAuditRecordsResponse {
+    const message = createBaseExportAuditRecordsResponse();
+    switch (object.record?.$case) {
+      case "event": {
+        if (object.record?.value !== undefined && object.record?.value !== null) {
+          message.record = { $case: "event", value: AuditEvent.fromPartial(object.record.value) };
+        }
+        break;
+      }
+      case "decision": {
+        if (object.record?.value !== undefined && object.record?.value !== null) {
+          message.record = { $case: "decision", value: Decision.fromPartial(object.record.value) };
+        }
+        break;
+      }
+    }
+    message.checkpoint = object.checkpoint ?? "";
     return message;
   },
 };
@@ -10567,7 +10951,7 @@ export const AdminServiceService = {
       Buffer.from(SearchAuditEventsResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): SearchAuditEventsResponse => SearchAuditEventsResponse.decode(value),
   },
-  /** Follows the audit log as it is written. */
+  /** Follows the audit log as it is written, by whichever instance: each event once, in the order of the commits. */
   tailAuditEvents: {
     path: "/edgemesh.v1.AdminService/TailAuditEvents" as const,
     requestStream: false as const,
@@ -10578,6 +10962,18 @@ export const AdminServiceService = {
     responseSerialize: (value: TailAuditEventsResponse): Buffer =>
       Buffer.from(TailAuditEventsResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): TailAuditEventsResponse => TailAuditEventsResponse.decode(value),
+  },
+  /** All that is on record, events and decisions: from a moment on, or from where another export has ended. */
+  exportAuditRecords: {
+    path: "/edgemesh.v1.AdminService/ExportAuditRecords" as const,
+    requestStream: false as const,
+    responseStream: true as const,
+    requestSerialize: (value: ExportAuditRecordsRequest): Buffer =>
+      Buffer.from(ExportAuditRecordsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ExportAuditRecordsRequest => ExportAuditRecordsRequest.decode(value),
+    responseSerialize: (value: ExportAuditRecordsResponse): Buffer =>
+      Buffer.from(ExportAuditRecordsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ExportAuditRecordsResponse => ExportAuditRecordsResponse.decode(value),
   },
   /** The certificate authority: who signs, until when, in which stage of a rotation. */
   getAuthority: {
@@ -10701,8 +11097,10 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   listDecisions: handleUnaryCall<ListDecisionsRequest, ListDecisionsResponse>;
   getDecision: handleUnaryCall<GetDecisionRequest, GetDecisionResponse>;
   searchAuditEvents: handleUnaryCall<SearchAuditEventsRequest, SearchAuditEventsResponse>;
-  /** Follows the audit log as it is written. */
+  /** Follows the audit log as it is written, by whichever instance: each event once, in the order of the commits. */
   tailAuditEvents: handleServerStreamingCall<TailAuditEventsRequest, TailAuditEventsResponse>;
+  /** All that is on record, events and decisions: from a moment on, or from where another export has ended. */
+  exportAuditRecords: handleServerStreamingCall<ExportAuditRecordsRequest, ExportAuditRecordsResponse>;
   /** The certificate authority: who signs, until when, in which stage of a rotation. */
   getAuthority: handleUnaryCall<GetAuthorityRequest, GetAuthorityResponse>;
   /**
@@ -11172,7 +11570,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: SearchAuditEventsResponse) => void,
   ): ClientUnaryCall;
-  /** Follows the audit log as it is written. */
+  /** Follows the audit log as it is written, by whichever instance: each event once, in the order of the commits. */
   tailAuditEvents(
     request: TailAuditEventsRequest,
     options?: Partial<CallOptions>,
@@ -11182,6 +11580,16 @@ export interface AdminServiceClient extends Client {
     metadata?: Metadata,
     options?: Partial<CallOptions>,
   ): ClientReadableStream<TailAuditEventsResponse>;
+  /** All that is on record, events and decisions: from a moment on, or from where another export has ended. */
+  exportAuditRecords(
+    request: ExportAuditRecordsRequest,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<ExportAuditRecordsResponse>;
+  exportAuditRecords(
+    request: ExportAuditRecordsRequest,
+    metadata?: Metadata,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<ExportAuditRecordsResponse>;
   /** The certificate authority: who signs, until when, in which stage of a rotation. */
   getAuthority(
     request: GetAuthorityRequest,
