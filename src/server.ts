@@ -35,6 +35,8 @@ import { startChangeFeed } from './db/change-feed.ts'
 import { startEmbeddedPostgres } from './db/embedded.ts'
 import { type Database, openDatabase } from './db/orm.ts'
 import { maintainPartitions } from './db/partitions.ts'
+import { applyRetention } from './db/retention.ts'
+import { ownAudit } from './db/service-role.ts'
 import { Fault } from './fault.ts'
 import { startCensus } from './fleet/census.ts'
 import { fleetEntities } from './fleet/entities.ts'
@@ -102,7 +104,8 @@ const connectionIdleMs = 120_000
 const keepaliveMs = 30_000
 const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
-const partitionMaintenanceMs = 3_600_000
+/** Removing what is old is no part of a start, which may be one of many: partitions are. */
+const retentionEveryMs = 600_000
 const dayMs = 86_400_000
 /** Share of the time to drain in which devices are asked to leave, so that the last of them has the rest to do so. */
 const leavingShare = 0.5
@@ -151,13 +154,13 @@ async function compose(
   let startedAt = performance.now()
   const { db, url, embedded } = await openState(settings, log, stops)
   const migrated = await db.migrate()
+  const retain = () => applyRetention(db.pool, settings.audit.retentionDays, clock(), log)
   await maintainPartitions(db.pool, settings.audit.retentionDays, clock())
-  const partitioning = setInterval(() => {
-    maintainPartitions(db.pool, settings.audit.retentionDays, clock()).catch(error =>
-      log.warn({ err: error }, 'partitions could not be maintained'),
-    )
-  }, partitionMaintenanceMs)
-  stops.push(() => clearInterval(partitioning))
+  const retaining = setInterval(() => {
+    retain().catch(error => log.warn({ err: error }, 'what is older than the retention could not be removed'))
+  }, retentionEveryMs)
+  stops.push(() => clearInterval(retaining))
+  const audit = await auditCheck(db, embedded, log)
   const feed = await startChangeFeed({ url, instanceId, log, clock })
   stops.push(feed.stop)
   onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
@@ -454,6 +457,7 @@ async function compose(
   const readiness = async (): Promise<Readiness> => {
     const checks = {
       database: await databaseCheck(db),
+      audit,
       facts: { ok: feed.isLive(), detail: feed.isLive() ? undefined : 'the change feed is behind' },
       authority: authorityCheck(authorities.current()),
       policy: policyCheck(engine),
@@ -569,6 +573,16 @@ function policyCheck(engine: PolicyEngine): { ok: boolean; detail: string } {
   const refusal = refused && `refused: ${refused.problem}`
   if (!engine.ready()) return { ok: false, detail: refusal ?? 'the policy can not be evaluated' }
   return { ok: true, detail: refusal ? `${revision}; ${refusal}` : revision }
+}
+
+/** Whether the service could change what it has put on record. It serves all the same: one role for all is how it begins. */
+async function auditCheck(db: Database, embedded: boolean, log: Log): Promise<{ ok: true; detail?: string }> {
+  const { role, isHeld } = await ownAudit(db.pool)
+  if (isHeld) return { ok: true }
+  const detail = `the role ${role} could change what is on record: see docs/audit.md`
+  if (!embedded)
+    log.warn({ role }, 'the service could change what is on record, as its role owns it: see docs/audit.md')
+  return { ok: true, detail }
 }
 
 async function databaseCheck(db: Database): Promise<{ ok: boolean; detail?: string }> {

@@ -38,6 +38,8 @@ export type Settings = Readonly<{
   database: Readonly<{
     /** In the form that `pg` reads, TLS included; undefined means the embedded server. */
     url: string | undefined
+    /** As the owner of the tables, where that is another role. */
+    migrationUrl: string | undefined
     replicaUrls: readonly string[]
     poolMax: number
   }>
@@ -361,6 +363,12 @@ const VARIABLES = {
     secret: true,
     meaning: 'the PostgreSQL database; postgresql+asyncpg:// and ?ssl=require are understood',
     hint: 'for example postgresql://edgemesh:PASSWORD@postgres:5432/edgemesh?ssl=require',
+  }),
+  DATABASE_MIGRATION_URL: optional(databaseUrl, 'DATABASE_URL', {
+    secret: true,
+    meaning:
+      'the same database as the role that owns its tables; read by edgemesh migrate, and not to be given to servers',
+    hint: 'for example postgresql://edgemesh_owner:PASSWORD@postgres:5432/edgemesh?ssl=require',
   }),
   DATABASE_REPLICA_URLS: defaulted(databaseUrls, '', {
     secret: true,
@@ -696,6 +704,7 @@ function assemble(values: Values): Settings {
     },
     database: {
       url: values.DATABASE_URL,
+      migrationUrl: values.DATABASE_MIGRATION_URL,
       replicaUrls: values.DATABASE_REPLICA_URLS,
       poolMax: values.DATABASE_POOL_SIZE + values.DATABASE_MAX_OVERFLOW,
     },
@@ -753,6 +762,7 @@ export function describeSettings(settings: Settings): Settings {
     database: {
       ...database,
       url: database.url && maskPassword(database.url),
+      migrationUrl: database.migrationUrl && maskPassword(database.migrationUrl),
       replicaUrls: database.replicaUrls.map(maskPassword),
     },
     opa: { ...opa, url: opa.url && maskPassword(opa.url), bearerToken: opa.bearerToken && MASK },

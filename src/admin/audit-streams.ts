@@ -172,10 +172,12 @@ function* recordMessages({ table, row }: AuditRecord): Generator<ExportAuditReco
     yield { record: { $case: 'event', value: eventMessage(row) }, checkpoint: '' }
     return
   }
-  for (const [position, question] of row.questions.entries()) {
+  for (const [position, question] of (row.questions as DecidedQuestion[]).entries()) {
     const decision = decisionMessage({
       ...{ id: row.id, position: String(position), at: row.at, device_id: row.deviceId, caller: row.caller },
-      ...{ instance_id: row.instanceId, policy_revision: row.policyRevision, question: question as DecidedQuestion },
+      ...{ instance_id: row.instanceId, policy_revision: row.policyRevision },
+      // An input that an earlier decision has is not looked up: who takes all of it has had that.
+      ...{ question, input: question.input ?? null },
     })
     yield { record: { $case: 'decision', value: decision }, checkpoint: '' }
   }

@@ -132,6 +132,7 @@ export function decisionMessage({ question, ...row }: DecisionRow): DecisionMess
     caller: row.caller,
     instanceId: row.instance_id,
     input: row.input ?? undefined,
+    inputOf: row.input ? '' : (question.inputOf ?? ''),
     evaluatedAt: question.evaluatedAt === undefined ? undefined : new Date(question.evaluatedAt),
     expiresAt: question.expiresAt === undefined ? undefined : new Date(question.expiresAt),
   }

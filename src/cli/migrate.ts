@@ -2,7 +2,8 @@
 import { Command } from 'commander'
 import { destination } from 'pino'
 import type { Database } from '../db/orm.ts'
-import { readSettings } from '../settings.ts'
+import { grantServiceRole } from '../db/service-role.ts'
+import { readSettings, type Settings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
 import { withThrowawaySecrets } from './local-secrets.ts'
 import { renderTable } from './table.ts'
@@ -16,7 +17,7 @@ export function migrateCommand(): Command {
     .addHelpText(
       'after',
       `
-Servers migrate when they start; these are for those who want to do it before, or to look.
+Servers migrate when they start, if their role owns the tables; these are for all others, and to look.
 
 Examples:
   DATABASE_URL=postgresql://edgemesh:PASSWORD@db:5432/edgemesh edgemesh migrate up
@@ -25,18 +26,48 @@ Examples:
     )
 }
 
+type UpOptions = { json?: true; serviceRole?: string }
+
 function upCommand(): Command {
   return new Command('up')
     .description('bring the schema up to date; several may do so at once')
+    .option(
+      '--service-role <name>',
+      'who servers connect as, where it is not the owner of the tables (default: with DATABASE_MIGRATION_URL, the user of DATABASE_URL)',
+    )
     .option('--json', 'one JSON document')
-    .addHelpText('after', '\nExamples:\n  edgemesh migrate up\n')
-    .action((options: { json?: true }) =>
-      withDatabase(async db => {
+    .addHelpText(
+      'after',
+      `
+With DATABASE_MIGRATION_URL it connects as the owner of the tables, and gives the role of the servers what they need:
+of what is on record they can add and read rows, no more, and drop nothing that is younger than AUDIT_RETENTION_DAYS.
+
+Examples:
+  edgemesh migrate up
+  DATABASE_MIGRATION_URL=postgresql://edgemesh_owner:PASSWORD@db:5432/edgemesh edgemesh migrate up
+  edgemesh migrate up --service-role edgemesh_service
+`,
+    )
+    .action((options: UpOptions) =>
+      withDatabase(async (db, settings) => {
         const applied = await db.migrate()
-        if (options.json) console.log(JSON.stringify({ applied }))
-        else console.log(applied.length > 0 ? `applied ${applied.join(', ')}` : 'the schema is up to date')
+        const { url, migrationUrl } = settings.database
+        const role = options.serviceRole ?? (migrationUrl && url ? userOf(url) : undefined)
+        const { retentionDays } = settings.audit
+        if (role) await grantServiceRole(db.pool, role, retentionDays)
+        if (options.json) {
+          console.log(JSON.stringify({ applied, ...(role && { serviceRole: role, retentionDaysMin: retentionDays }) }))
+          return
+        }
+        console.log(applied.length > 0 ? `applied ${applied.join(', ')}` : 'the schema is up to date')
+        if (role) console.log(`${role} has what a server needs, and drops nothing younger than ${retentionDays} days`)
       }),
     )
+}
+
+function userOf(url: string): string | undefined {
+  const { username, searchParams } = new URL(url)
+  return decodeURIComponent(username) || searchParams.get('user') || undefined
 }
 
 function statusCommand(): Command {
@@ -74,12 +105,15 @@ function downCommand(): Command {
     )
 }
 
-async function withDatabase(work: (db: Database) => Promise<void>): Promise<void> {
+/** As the owner of the tables, where that is another role than the servers'. */
+async function withDatabase(work: (db: Database, settings: Settings) => Promise<void>): Promise<void> {
   const settings = readSettings({ LOG_LEVEL: 'WARN', ...withThrowawaySecrets(process.env) })
+  const { url, migrationUrl } = settings.database
+  const asOwner = { ...settings, database: { ...settings.database, url: migrationUrl ?? url } }
   const { openOffline } = await import('../server.ts')
-  const offline = await openOffline(settings, createLog({ level: settings.log.level, destination: destination(2) }))
+  const offline = await openOffline(asOwner, createLog({ level: settings.log.level, destination: destination(2) }))
   try {
-    await work(offline.db)
+    await work(offline.db, settings)
   } finally {
     await offline.close()
   }

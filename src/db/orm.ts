@@ -13,7 +13,8 @@ import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
 import { AuditSeals } from './migrations/0003-audit-seals.ts'
 import { LeaseResume } from './migrations/0004-lease-resume.ts'
-import { RateLimitCredit } from './migrations/0007-rate-limit-credit.ts'
+import { AuditPrivileges } from './migrations/0005-audit-privileges.ts'
+import { RateLimitCredit } from './migrations/0006-rate-limit-credit.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -22,7 +23,12 @@ export type Database = {
   /** A fork for one call. */
   em(): EntityManager
   pool: pg.Pool
-  /** Brings the schema up to date; safe to call from several instances at once. */
+  /**
+   * Brings the schema up to date; safe to call from several instances at once. A role that does not own the tables may
+   * call it where nothing is to be done.
+   *
+   * @throws {SchemaBehindError} when there is, and the role may not do it
+   */
   migrate(): Promise<string[]>
   /** Names of migrations that are applied, and of those that are not yet. */
   migrations(): Promise<{ applied: string[]; pending: string[] }>
@@ -33,6 +39,15 @@ export type Database = {
 
 /** Any number will do, as long as every version of EdgeMesh uses the same. */
 const migrationLock = 7_306_471
+
+const migrationsList = [
+  { name: '0001-first', class: FirstSchema },
+  { name: '0002-identity-life', class: IdentityLife },
+  { name: '0003-audit-seals', class: AuditSeals },
+  { name: '0004-lease-resume', class: LeaseResume },
+  { name: '0005-audit-privileges', class: AuditPrivileges },
+  { name: '0006-rate-limit-credit', class: RateLimitCredit },
+]
 
 const connectTimeoutMs = 3_000
 /** A statement that takes longer is a fault; nobody waits for it any more. */
@@ -71,13 +86,7 @@ export async function openDatabase(options: {
     migrations: {
       tableName: 'migrations',
       snapshot: false,
-      migrationsList: [
-        { name: '0001-first', class: FirstSchema },
-        { name: '0002-identity-life', class: IdentityLife },
-        { name: '0003-audit-seals', class: AuditSeals },
-        { name: '0004-lease-resume', class: LeaseResume },
-        { name: '0007-rate-limit-credit', class: RateLimitCredit },
-      ],
+      migrationsList,
     },
     logger: () => {},
     ensureDatabase: false,
@@ -100,7 +109,12 @@ export async function openDatabase(options: {
   return {
     em: () => orm.em.fork() as EntityManager,
     pool,
-    migrate: () => alone(async () => (await orm.migrator.up()).map(migration => migration.name)),
+    async migrate() {
+      const pending = await pendingOf(pool)
+      if (pending.length === 0) return []
+      await demandOwner(pool, pending)
+      return alone(async () => (await orm.migrator.up()).map(migration => migration.name))
+    },
     migrateDown: () => alone(async () => (await orm.migrator.down()).map(migration => migration.name)),
     async migrations() {
       const [applied, pending] = [await orm.migrator.getExecuted(), await orm.migrator.getPending()]
@@ -108,6 +122,32 @@ export async function openDatabase(options: {
     },
     close: () => orm.close(true),
   }
+}
+
+/** The schema is older than this version, and the role that we are may not change it. */
+export class SchemaBehindError extends Error {
+  readonly hint = 'run edgemesh migrate up as the owner of the tables: DATABASE_MIGRATION_URL'
+
+  constructor(pending: readonly string[], role: string) {
+    super(`the schema is not up to date (${pending.join(', ')}), and the role ${role} does not own it`)
+    this.name = 'SchemaBehindError'
+  }
+}
+
+/** Changes nothing, unlike MikroORM, which makes its table first. */
+async function pendingOf(pool: pg.Pool): Promise<string[]> {
+  const { rows: table } = await pool.query<{ made: boolean }>(`select to_regclass('migrations') is not null as made`)
+  const applied = table[0]?.made ? await pool.query<{ name: string }>('select name from migrations') : { rows: [] }
+  const names = new Set(applied.rows.map(({ name }) => name))
+  return migrationsList.map(({ name }) => name).filter(name => !names.has(name))
+}
+
+async function demandOwner(pool: pg.Pool, pending: readonly string[]): Promise<void> {
+  const { rows } = await pool.query<{ role: string; owns: boolean }>(
+    `select current_user as role, coalesce(has_schema_privilege(current_schema(), 'create'), false)
+       and coalesce((select pg_has_role(relowner, 'member') from pg_class where oid = to_regclass('devices')), true) as owns`,
+  )
+  if (rows[0]?.owns === false) throw new SchemaBehindError(pending, rows[0].role)
 }
 
 /** Whether the error says that the database can't be reached or has no room now: a reason to try again, not a bug. */
@@ -130,10 +170,10 @@ export function databaseUnavailable(cause: unknown): Fault {
 
 const databaseRetryMs = 1_000
 
-// 08: connection, 53: out of resources, 55000: takes no connections, 57P: shutting down or starting up, 57014: timed
+// 42501, 42P01: a right or a table is missing, which an operator has to mend. 08: connection, 53: out of resources, 55000: takes no connections, 57P: shutting down or starting up, 57014: timed
 // out, 25006: read-only, 40: retry.
 const outageCodes =
-  /^(08...|53...|55000|57P..|57014|25006|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
+  /^(08...|53...|55000|57P..|57014|25006|42501|42P01|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
 // pg gives these no code.
 const outageMessages =
   /^(timeout exceeded when trying to connect|Connection terminated|Query read timeout|Client has encountered a connection error|Cannot use a pool after)/

@@ -24,7 +24,8 @@ const allMigrations = [
   '0002-identity-life',
   '0003-audit-seals',
   '0004-lease-resume',
-  '0007-rate-limit-credit',
+  '0005-audit-privileges',
+  '0006-rate-limit-credit',
 ]
 
 test('several instances that start at once migrate an empty database exactly once', async t => {

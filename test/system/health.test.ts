@@ -72,7 +72,7 @@ test('probes and scrapers are answered over HTTP', async t => {
   const ready = await get('/readyz')
   t.is(ready.status, 200)
   const { checks } = (await ready.json()) as { checks: Record<string, { ok: boolean }> }
-  t.deepEqual(Object.keys(checks).sort(), ['authority', 'database', 'facts', 'lifecycle', 'policy'])
+  t.deepEqual(Object.keys(checks).sort(), ['audit', 'authority', 'database', 'facts', 'lifecycle', 'policy'])
   t.true(Object.values(checks).every(({ ok }) => ok))
   const metrics = await get('/metrics')
   t.regex(metrics.headers.get('content-type') ?? '', /^text\/plain/)

@@ -678,7 +678,14 @@ export interface Decision {
     | Date
     | undefined;
   /** Until when the answer could be relied on. Absent in records of older versions. */
-  expiresAt: Date | undefined;
+  expiresAt:
+    | Date
+    | undefined;
+  /**
+   * The decision that has the input, where it is not here: in exports, an earlier one that used the same answer first; else
+   * one that retention has removed.
+   */
+  inputOf: string;
 }
 
 /** What the policy makes of a question, rule by rule. */
@@ -6989,6 +6996,7 @@ function createBaseDecision(): Decision {
     input: undefined,
     evaluatedAt: undefined,
     expiresAt: undefined,
+    inputOf: "",
   };
 }
 
@@ -7035,6 +7043,9 @@ export const Decision: MessageFns<Decision> = {
     }
     if (message.expiresAt !== undefined) {
       Timestamp.encode(toTimestamp(message.expiresAt), writer.uint32(114).fork()).join();
+    }
+    if (message.inputOf !== "") {
+      writer.uint32(122).string(message.inputOf);
     }
     return writer;
   },
@@ -7164,6 +7175,14 @@ export const Decision: MessageFns<Decision> = {
             message.expiresAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 15: {
+            if (tag !== 122) {
+              break;
+            }
+
+            message.inputOf = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -7220,6 +7239,9 @@ export const Decision: MessageFns<Decision> = {
     if (message.expiresAt !== undefined) {
       obj.expiresAt = message.expiresAt.toISOString();
     }
+    if (message.inputOf !== "") {
+      obj.inputOf = message.inputOf;
+    }
     return obj;
   },
 
@@ -7242,6 +7264,7 @@ export const Decision: MessageFns<Decision> = {
     message.input = object.input ?? undefined;
     message.evaluatedAt = object.evaluatedAt ?? undefined;
     message.expiresAt = object.expiresAt ?? undefined;
+    message.inputOf = object.inputOf ?? "";
     return message;
   },
 };
