@@ -30,6 +30,7 @@ import { auditEntities } from './audit/entities.ts'
 import { createFollower } from './audit/follower.ts'
 import { startJournal } from './audit/journal.ts'
 import { sealKeyFrom } from './audit/seals.ts'
+import { sealLeftovers } from './audit/unsealed.ts'
 import { type Clock, systemClock } from './clock.ts'
 import { startChangeFeed } from './db/change-feed.ts'
 import { startEmbeddedPostgres } from './db/embedded.ts'
@@ -166,16 +167,22 @@ async function compose(
   onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
 
   // Audit
+  const sealKey = sealKeyFrom(settings.identity.enrollmentTokenSecret)
   const journal = startJournal({
     pool: db.pool,
     log,
-    sealKey: sealKeyFrom(settings.identity.enrollmentTokenSecret),
+    sealKey,
     instanceId,
     clock,
     onCommit: metrics.auditCommit,
   })
   stops.push(journal.stop)
   const follower = createFollower({ pool: db.pool, clock, log })
+  // Nobody has to wait for it; what one server does not get done, the next one that starts does.
+  sealLeftovers({ pool: db.pool, key: sealKey, journal, instanceId, startedAtMs: clock() }).then(
+    events => events > 0 && log.info({ events }, 'events of a server that was killed have been sealed'),
+    error => log.warn({ err: error }, 'events that a server has left unsealed could not be looked for'),
+  )
 
   // Identity
   startedAt = performance.now()

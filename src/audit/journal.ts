@@ -42,6 +42,8 @@ export type Journal = {
   appendLater(entries: readonly JournalEntry[]): void
   /** For a call whose transactions write their events themselves, in the columns of `auditEventsTable`. */
   ownEvents(): OwnEvents
+  /** Takes events into the chain that are on disk already, and in no chain. Resolves once they are. */
+  seal(committed: readonly SealedRow[]): Promise<void>
   /** Waits for what is queued. */
   drained(): Promise<void>
   /** Writes what is queued, and closes the chain of seals. */
@@ -265,6 +267,7 @@ export function startJournal(options: {
         },
       }
     },
+    seal: committed => new Promise((resolve, reject) => enqueue({ ...itself, committed, resolve, reject })),
     drained,
     async stop() {
       clearInterval(anchoring)

@@ -25,7 +25,7 @@
  * Events that other transactions write (`recordCall`, enrollment) are committed with what they tell of, outside of any
  * batch. They carry a MAC of their own from the start, so that none can be made up or changed, and come into the chain
  * with the batch that follows their commit. An instance that dies between the two leaves a row that is genuine, but whose
- * removal would not show; `audit verify` counts those.
+ * removal would not show, until the next one that starts seals it (`unsealed.ts`); `audit verify` counts those.
  *
  * A process that does not learn whether its statement was committed begins a new chain: the old one is whole either way.
  */

@@ -17,6 +17,7 @@ import { createFollower } from '../../src/audit/follower.ts'
 import { auditEventsTable, startJournal } from '../../src/audit/journal.ts'
 import { rowText } from '../../src/audit/journal-table.ts'
 import { createChain, insertSeal, sealedRow, sealKeyFrom } from '../../src/audit/seals.ts'
+import { sealLeftovers } from '../../src/audit/unsealed.ts'
 import { systemClock } from '../../src/clock.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { eventually } from '../support/edgemesh.ts'
@@ -216,4 +217,64 @@ test('a checkpoint is read as it was written; any other text is refused', t => {
     }),
   )
   t.is(readCheckpoint('A'.repeat(1_000_000)), undefined)
+})
+
+test('what a server that was killed has left unsealed comes with the next one that starts, once', async t => {
+  const { pool } = await testDatabase(t)
+  const write = async (journal: ReturnType<typeof startJournal>, id: string, instanceId: string, forged = false) => {
+    const values = row(id)
+    values[9] = instanceId
+    const mac = journal.ownEvents().vouch(values)
+    await pool.query('insert into audit_events values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)', [
+      ...values,
+      forged ? mac.replace(/^../, mac.startsWith('00') ? '11' : '00') : mac,
+    ])
+    return values
+  }
+  const killed = startJournal({ pool, log, sealKey, instanceId: 'killed', clock })
+  const alive = startJournal({ pool, log, sealKey, instanceId: 'alive', clock })
+  for (const journal of [killed, alive]) await journal.append([{ table: auditEventsTable, row: row() }])
+  await pool.query(`insert into instances values ('alive', now(), now())`)
+  const sealed = randomUUIDv7()
+  await ownEvent(pool, killed, sealed)
+  await killed.drained()
+  const left = randomUUIDv7()
+  await write(killed, left, 'killed')
+  await write(killed, randomUUIDv7(), 'killed', true)
+  await write(alive, randomUUIDv7(), 'alive')
+  await sleep(2)
+
+  const next = ['one', 'two', 'three'].map(instanceId => ({
+    ...{ pool, key: sealKey, instanceId, startedAtMs: clock() },
+    journal: startJournal({ pool, log, sealKey, instanceId, clock }),
+  }))
+  const counts = await Promise.all(next.map(sealLeftovers))
+  t.deepEqual(counts.toSorted(), [0, 0, 1], 'not those of a server that lives, nor what the service has not written')
+  const { seals } = await sealsAfter(pool, checkpointAt(clock()), clock())
+  const named = seals.flatMap(({ rows }) => rows.map(({ id }) => id))
+  t.is(named.filter(id => id === left).length, 1)
+  t.is(named.filter(id => id === sealed).length, 1)
+})
+
+test('a look at what is new reads no table from one end to the other', async t => {
+  const { pool } = await testDatabase(t)
+  await pool.query(
+    `insert into audit_seals (at, writer, sequence, instance_id, closing, anchors, rows, key_id, hash)
+     select now() + n * interval '10 milliseconds', md5((n % 20)::text)::uuid, n / 20, 'i', false, '[]', '', 'k', ''
+     from generate_series(0, 99999) n`,
+  )
+  await pool.query('analyze audit_seals')
+  const plans: string[] = []
+  const explaining = {
+    async query(sql: string, values: unknown[]) {
+      const { rows } = await pool.query(`explain ${sql}`, values)
+      plans.push(rows.map(line => line['QUERY PLAN']).join('\n'))
+      return pool.query(sql, values)
+    },
+  } as unknown as pg.Pool
+  const checkpoint = await checkpointOfNow(explaining, clock())
+  t.is(checkpoint.seen.size, 20)
+  t.is((await sealsAfter(explaining, checkpoint, clock())).seals.length, 0)
+  for (const plan of plans) t.notRegex(plan, /Seq Scan on audit_seals/)
+  t.is(plans.length, 2)
 })
