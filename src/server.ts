@@ -29,6 +29,7 @@ import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
 import { createFollower } from './audit/follower.ts'
 import { startJournal } from './audit/journal.ts'
+import { countRefusals } from './audit/refusals.ts'
 import { sealKeyFrom } from './audit/seals.ts'
 import { sealLeftovers } from './audit/unsealed.ts'
 import { type Clock, systemClock } from './clock.ts'
@@ -177,6 +178,8 @@ async function compose(
     onCommit: metrics.auditCommit,
   })
   stops.push(journal.stop)
+  const refusals = countRefusals({ journal, clock })
+  stops.push(refusals.stop)
   const follower = createFollower({ pool: db.pool, clock, log })
   // Nobody has to wait for it; what one server does not get done, the next one that starts does.
   sealLeftovers({ pool: db.pool, key: sealKey, journal, instanceId, startedAtMs: clock() }).then(
@@ -329,6 +332,7 @@ async function compose(
     demandStanding: standing.demand,
     demandPermission: permissionDemand(engine),
     journal,
+    refusals,
     instanceId,
     clock,
     log,

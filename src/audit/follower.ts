@@ -50,8 +50,8 @@ export type AuditFollower = {
 /** Each has a query under way at most while it catches up. */
 const followersMax = 32
 const lookEveryMs = 500
-/** Records and seals that wait for a live reader: 10 MB at 1 kB each, shared by all who wait for the same ones. */
-const queuedMax = 10_000
+/** 10 MB at 1 kB each, shared by all who wait for the same ones. */
+const queuedMaxDefault = 10_000
 /** After this long without a record a live reader is told that there was none. */
 const quietMs = 10_000
 const comeBackMs = 10_000
@@ -68,8 +68,10 @@ export function createFollower(options: {
   log: Log
   /** Between two looks. */
   everyMs?: number
+  /** Records and seals that wait for a live reader. */
+  queuedMax?: number
 }): AuditFollower {
-  const { pool, clock, log, everyMs = lookEveryMs } = options
+  const { pool, clock, log, everyMs = lookEveryMs, queuedMax = queuedMaxDefault } = options
   const live = new Set<Live>()
   const ending = new AbortController()
   let followers = 0

@@ -24,6 +24,7 @@ import type {
 } from '@grpc/grpc-js'
 import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
+import type { Refusals } from '../audit/refusals.ts'
 import type { Call, Identified } from '../caller.ts'
 import { type Clock, clockOffsetMs } from '../clock.ts'
 import { Fault } from '../fault.ts'
@@ -77,6 +78,8 @@ export type DispatchOptions = {
   /** @throws Fault PERMISSION_DENIED when policy does not let the operator call the method */
   demandPermission: (caller: Identified, method: string) => Promise<void>
   journal: Journal
+  /** Where those who flood are counted. */
+  refusals: Refusals
   instanceId: string
   clock: Clock
   log: Log
@@ -109,7 +112,7 @@ type AnyCall =
   | ServerDuplexStream<unknown, unknown>
 
 export function createDispatch(options: DispatchOptions): Dispatch {
-  const { server, journal, clock, log, instanceId } = options
+  const { server, journal, refusals, clock, log, instanceId } = options
   const open = new Set<OpenCall>()
   const serverTime = serverTimeFrom(clock)
 
@@ -176,7 +179,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     try {
       // What could not be written a moment ago needn't hold up the refusal a second time.
       const entry = callEntry(atItsEnd(call), { code: fault.code, reason: fault.reason })
-      if (fault.code === 'UNAVAILABLE') journal.appendLater([entry])
+      if (refusals.areCounted(call, fault)) await refusals.record(call, fault)
+      else if (fault.code === 'UNAVAILABLE') journal.appendLater([entry])
       else await journal.append([entry])
     } catch (auditError) {
       fault = faultOf(auditError, log)

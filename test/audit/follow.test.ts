@@ -34,8 +34,14 @@ function row(id: string = randomUUIDv7(), at = new Date()): unknown[] {
 }
 
 /** Follows until the test ends. @returns the ids that have come, in their order */
-function followed(t: ExecutionContext, pool: pg.Pool, checkpoint: Checkpoint, pace = async () => {}): string[] {
-  const follower = createFollower({ pool, clock, log, everyMs: 20 })
+function followed(
+  t: ExecutionContext,
+  pool: pg.Pool,
+  checkpoint: Checkpoint,
+  pace = async () => {},
+  queuedMax = 1_000,
+): string[] {
+  const follower = createFollower({ pool, clock, log, everyMs: 20, queuedMax })
   const ids: string[] = []
   const done = new AbortController()
   const running = (async () => {
@@ -88,7 +94,8 @@ test('four writers whose commits overtake each other are followed without a loss
 
   const fromTheBegin = followed(t, pool, checkpointAt(0))
   const fromNow = followed(t, pool, await checkpointOfNow(pool, clock()))
-  const slowly = followed(t, pool, checkpointAt(0), () => sleep(30))
+  // So slow that it falls behind and has to catch up, again and again.
+  const slowly = followed(t, pool, checkpointAt(0), () => sleep(20), 5)
 
   const written: string[] = []
   const write = async (journal: typeof first, count: number) => {

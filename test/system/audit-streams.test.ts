@@ -1,23 +1,30 @@
 /** Following and exporting the audit log, as its users see it: by the command line, against servers that come and go. */
 import { type ChildProcess, execFile, spawn } from 'node:child_process'
+import { randomUUIDv7 } from 'node:crypto'
 import { once } from 'node:events'
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import test, { type ExecutionContext } from 'ava'
+import { auditEventsTable, startJournal } from '../../src/audit/journal.ts'
+import { sealKeyFrom } from '../../src/audit/seals.ts'
 import { saveCredentials } from '../../src/cli/operator-credentials.ts'
+import { systemClock } from '../../src/clock.ts'
+import { createLog } from '../../src/telemetry/log.ts'
 import {
   type Clients,
   type EdgeMesh,
   eventually,
   refused,
+  secrets,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
 import { freePort } from '../support/free-port.ts'
 
+const log = createLog({ level: 'silent' })
 const main = join(import.meta.dirname, '../../src/main.ts')
 
 /** The environment of a command of the mesh's operator. */
@@ -239,6 +246,64 @@ test('an export of a span of time holds that and no more, of the kinds that were
   const wrong = await edgemesh(env, 'audit', 'export', '--until', until, '--follow')
   t.is(wrong.exitCode, 2)
 })
+
+test('who does not take what is exported is waited for, and gives its place back when it goes', async t => {
+  const mesh = await startEdgeMesh(t)
+  const sealKey = sealKeyFrom(secrets.ENROLLMENT_TOKEN_SECRET)
+  const journal = startJournal({ pool: mesh.pool, log, sealKey, instanceId: 'another', clock: systemClock })
+  const detail = JSON.stringify({ text: 'x'.repeat(2_000) })
+  const event = () => ({
+    table: auditEventsTable,
+    row: [new Date(), randomUUIDv7(), 'tester', '/test', 'target', '127.0.0.1', 'OK', '', detail, 'another'],
+  })
+  await Promise.all(Array.from({ length: 3_000 }, () => journal.append([event()])))
+  const all = { kinds: [], since: undefined, until: undefined, afterCheckpoint: '', follow: false }
+  const unread = Array.from({ length: 32 }, () => mesh.admin.exportAuditRecords(all))
+  for (const stream of unread) stream.on('error', () => {})
+  const count = () =>
+    new Promise<number>((resolve, reject) => {
+      let records = 0
+      const stream = mesh.admin.exportAuditRecords(all)
+      stream.on('data', ({ record }) => {
+        if (record) records++
+      })
+      stream.on('error', reject).on('end', () => resolve(records))
+    })
+  // Were they not waited for, they would be done by now and again, and there would be room.
+  await eventually('all places are taken', () =>
+    count().then(
+      () => false,
+      () => true,
+    ),
+  )
+  for (let at = 0; at < 5; at++) t.is((await refused(count())).reason, 'TOO_MANY_FOLLOWERS')
+  for (const stream of unread) stream.cancel()
+  t.true((await eventually('there is room again', () => count().catch(() => undefined))) > 3_000)
+})
+
+test('an export that follows keeps its checkpoint, and ends with Ctrl-C', async t => {
+  const mesh = await startEdgeMesh(t)
+  const { folder, env } = await operatorOf(t, mesh)
+  const file = join(folder, 'checkpoint')
+  const follow = () => started(t, env, 'audit', 'export', '--follow', '--what', 'events', '--checkpoint-file', file)
+  const shown = ({ lines }: ReturnType<typeof follow>) => lines.map(line => JSON.parse(line).target).filter(isUser)
+  await addUser(mesh.admin, 'u1')
+  const first = follow()
+  await eventually('what was is out', () => shown(first).length === 1)
+  await addUser(mesh.admin, 'u2')
+  await eventually('what comes is out', () => shown(first).length === 2)
+  await eventually('its checkpoint is kept', () => readFile(file, 'utf8').catch(() => ''))
+  const kept = await readFile(file, 'utf8')
+  await addUser(mesh.admin, 'u3')
+  await eventually('it moves on', async () => shown(first).length === 3 && (await readFile(file, 'utf8')) !== kept)
+  t.is(await ended(first.child, 'SIGINT'), 0)
+  await addUser(mesh.admin, 'u4')
+  const second = follow()
+  await eventually('the next goes on', () => shown(second).length > 0)
+  t.deepEqual([...shown(first), ...shown(second)], ['user/u1', 'user/u2', 'user/u3', 'user/u4'])
+})
+
+const isUser = (target: string | undefined) => target?.startsWith('user/')
 
 test('an export that is cut short exits with 1, and its checkpoint stays where it was', async t => {
   const mesh = await startEdgeMesh(t)
