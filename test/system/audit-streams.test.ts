@@ -16,6 +16,7 @@ import {
   type Clients,
   type EdgeMesh,
   eventually,
+  refusal,
   refused,
   secrets,
   startEdgeMesh,
@@ -258,8 +259,13 @@ test('who does not take what is exported is waited for, and gives its place back
   })
   await Promise.all(Array.from({ length: 3_000 }, () => journal.append([event()])))
   const all = { kinds: [], since: undefined, until: undefined, afterCheckpoint: '', follow: false }
-  const unread = Array.from({ length: 32 }, () => mesh.admin.exportAuditRecords(all))
-  for (const stream of unread) stream.on('error', () => {})
+  const unread: ReturnType<typeof mesh.admin.exportAuditRecords>[] = []
+  const openUnread = () => {
+    const stream = mesh.admin.exportAuditRecords(all)
+    // grpc-js takes all that comes until it is asked for the first message.
+    stream.on('error', () => {}).once('data', () => stream.pause())
+    unread.push(stream)
+  }
   const count = () =>
     new Promise<number>((resolve, reject) => {
       let records = 0
@@ -269,14 +275,16 @@ test('who does not take what is exported is waited for, and gives its place back
       })
       stream.on('error', reject).on('end', () => resolve(records))
     })
-  // Were they not waited for, they would be done by now and again, and there would be room.
-  await eventually('all places are taken', () =>
+  for (let at = 0; at < 31; at++) openUnread()
+  // Each takes as long as the others would take if they were not waited for.
+  for (let at = 0; at < 3; at++) t.true((await count()) >= 3_000)
+  openUnread()
+  const refusedCount = () =>
     count().then(
       () => false,
-      () => true,
-    ),
-  )
-  for (let at = 0; at < 5; at++) t.is((await refused(count())).reason, 'TOO_MANY_FOLLOWERS')
+      error => refusal(error).reason,
+    )
+  t.is(await eventually('all places are taken', refusedCount), 'TOO_MANY_FOLLOWERS')
   for (const stream of unread) stream.cancel()
   t.true((await eventually('there is room again', () => count().catch(() => undefined))) > 3_000)
 })
