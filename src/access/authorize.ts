@@ -57,7 +57,7 @@ export type ContinuousDeps = AuthorizeDeps & {
 /**
  * One answer for each id.
  *
- * @throws Fault when nothing can be said of any of them now
+ * @throws Fault when nothing can be said of any of them now; UserAssertionRefused when all go on waiting because of that
  */
 export type Resume = (ids: string[], stream: ResumingStream) => Promise<Answer[]>
 
@@ -65,6 +65,7 @@ export type Resume = (ids: string[], stream: ResumingStream) => Promise<Answer[]
 export type ResumingStream = Pick<Lease, 'push' | 'moved'> & {
   deviceId: string
   call: Call
+  userAssertion: string
   hold: (lease: Lease) => void
 }
 
@@ -255,10 +256,24 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     /** Holds again what was held on a stream that was lost. */
-    async function resume(ids: string[]): Promise<Answer[]> {
+    async function resume(ids: string[], userAssertion: string): Promise<Answer[]> {
       bounded('resume.connection_ids', ids.length)
       if (held.size + ids.length > leasesPerStreamMax) throw tooManyConnections()
-      return deps.resume(ids, { deviceId, call, push: revoked, moved, hold: lease => hold(lease, true) })
+      const resuming = {
+        deviceId,
+        call,
+        userAssertion,
+        push: revoked,
+        moved,
+        hold: (lease: Lease) => hold(lease, true),
+      }
+      try {
+        return await deps.resume(ids, resuming)
+      } catch (error) {
+        if (!(error instanceof UserAssertionRefused)) throw error
+        await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, [], error)])
+        return ids.map(id => ({ ...denial('', error.why), connectionId: id }))
+      }
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
@@ -313,8 +328,8 @@ export function createAuthorize(deps: ContinuousDeps) {
         } else if (kind?.$case === 'list') {
           send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
         } else if (kind?.$case === 'resume') {
-          const { connectionIds: ids } = kind.value
-          const answers = await resume(ids).catch(error =>
+          const { connectionIds: ids, userAssertion = '' } = kind.value
+          const answers = await resume(ids, userAssertion).catch(error =>
             ids.map(id => ({ ...undecided('', error), connectionId: id })),
           )
           send({ $case: 'answers', value: { answers } })

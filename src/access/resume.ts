@@ -1,7 +1,7 @@
 /**
  * Resuming: a device whose stream was lost holds its connections on another one, of any instance.
  *
- * A message's life: limit → the connections become this instance's, on record → each is decided anew, and watched from
+ * A message's life: limit → the user, where an assertion has to say who it is → the connections become this instance's, on record → each is decided anew, and watched from
  * here on → audit → are they still this instance's? → answer. What can't be decided now goes on waiting, here, for
  * as long as it would have where it was.
  */
@@ -22,10 +22,11 @@ import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
+import { UserAssertionRefused } from './user-assertion.ts'
 
 export type ResumeDeps = Pick<
   AuthorizeDeps,
-  'facts' | 'decider' | 'instanceId' | 'clock' | 'limit' | 'onDecision' | 'onConnection'
+  'facts' | 'decider' | 'assertions' | 'instanceId' | 'clock' | 'limit' | 'onDecision' | 'onConnection'
 > & {
   leases: Leases
   journal: Journal
@@ -46,7 +47,11 @@ export function createResume(deps: ResumeDeps): Resume {
     const startedAt = performance.now()
     await deps.limit(callerName(call.caller), ids.length)
 
-    // Step 1: They are this instance's, and no other's. Where they were it is noticed by the change feed.
+    // Step 1: The user is there. Who does not show that claims nothing: all go on waiting where they are.
+    const asserting = deps.assertions?.demanded(stream.userAssertion, 'device')
+    if (asserting) await deps.assertions?.identify(stream.userAssertion, [])
+
+    // Step 2: They are this instance's, and no other's. Where they were it is noticed by the change feed.
     const distinct = [...new Set(ids)].filter(id => uuidPattern.test(id))
     const claims = await deps.claim(distinct, deviceId)
     const answers = new Map<string, Answer>()
@@ -57,7 +62,7 @@ export function createResume(deps: ResumeDeps): Resume {
       else if (!claimed.includes(claim)) claimed.push(claim)
     }
 
-    // Step 2: Decided anew, and watched. From here on a lease that is not told of turns into a denial.
+    // Step 3: Decided anew, and watched. From here on a lease that is not told of turns into a denial.
     const revocations = new Map<string, Revocation>()
     const push = (revocation: Revocation) => {
       revocations.set(revocation.lease.id, revocation)
@@ -72,11 +77,11 @@ export function createResume(deps: ResumeDeps): Resume {
     try {
       outcomes.forEach((outcome, at) => {
         const { id } = claimed[at] as Claim
-        if (outcome.status === 'rejected') answers.set(id, { ...undecided('', outcome.reason), connectionId: id })
+        if (outcome.status === 'rejected') answers.set(id, { ...undecidedOrRefused(outcome.reason), connectionId: id })
       })
       if (decided.length === 0) return inOrder(ids, answers)
 
-      // Step 3: On record before it is allowed. A denial ends the connection.
+      // Step 4: On record before it is allowed. A denial ends the connection.
       const { id: decision, entry, committed } = decisionEntry(call, deviceId, decided, clock(), startedAt)
       decided.forEach(({ lease, verdict }, at) => {
         lease.decisionId = `${decision}.${at}`
@@ -86,7 +91,7 @@ export function createResume(deps: ResumeDeps): Resume {
       await journal.append([entry, ...allowed.map(lease => connectionEntry(lease, instanceId, clock(), []))])
       committed()
 
-      // Step 4: Another may have claimed it, or an operator closed it, before it was watched here.
+      // Step 5: Another may have claimed it, or an operator closed it, before it was watched here.
       await leases.reconcile(allowed.map(({ id }) => id))
     } catch (error) {
       for (const { claim, lease } of decided) leases.suspend([lease], waitsUntilMs(claim))
@@ -94,7 +99,7 @@ export function createResume(deps: ResumeDeps): Resume {
       throw error
     }
 
-    // Step 5: What is still active is allowed.
+    // Step 6: What is still active is allowed.
     const seconds = (performance.now() - startedAt) / 1_000
     for (const { question, lease, verdict } of decided) {
       deps.onDecision(verdict.allow ? 'allow' : 'deny', seconds)
@@ -105,15 +110,22 @@ export function createResume(deps: ResumeDeps): Resume {
     return inOrder(ids, answers)
   }
 
-  /** @throws Fault when it can't be decided now */
+  /** @throws Fault when it can't be decided now; UserAssertionRefused when it is not the connection of this user */
   async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
     const question = questionOf(claim, stream.deviceId)
     const { id, grantedAtMs } = claim
-    const assertedUntilMs = Number.POSITIVE_INFINITY
+    const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
     const known = { id, grantedAtMs, questionId: '', assertedUntilMs, push, moved: stream.moved }
     const { verdict, lease } = await decideAndLease(deps, question, known)
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
     return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }
+  }
+
+  /** Until when the user of a connection is known, ms since epoch. @throws UserAssertionRefused when it is another one */
+  async function assertedUntil({ userId }: Claim, userAssertion: string): Promise<number> {
+    const { assertions } = deps
+    if (!assertions?.demanded(userAssertion, 'device')) return Number.POSITIVE_INFINITY
+    return (await assertions.identify(userAssertion, [userId])).expiresAtMs
   }
 
   /** It can't be decided, so it waits here from now on, and its watch goes on trying. */
@@ -181,4 +193,8 @@ const notHeld: PolicyReason = {
   actual: 'ended',
   required: 'waiting to be resumed',
   message: 'The connection has ended, or was resumed elsewhere or too late; ask anew.',
+}
+
+function undecidedOrRefused(error: unknown): Answer {
+  return error instanceof UserAssertionRefused ? denial('', error.why) : undecided('', error)
 }

@@ -29,8 +29,14 @@ export type EndedConnection = { connectionId: string; reasons: Reason[]; decisio
 export type Target = { server: Server; credentials: Credentials; channel?: Channel }
 
 export type Authorizations = {
-  /** Answers in the order of the questions. Rejects when the stream breaks before they are all there. */
-  ask(questions: AskedQuestion[]): Promise<Answer[]>
+  /**
+   * Answers in the order of the questions. Rejects when the stream breaks before they are all there.
+   *
+   * @param userAssertion a JWT of the user's issuer: kept as long as its connections, which are resumed by it
+   */
+  ask(questions: AskedQuestion[], userAssertion?: string): Promise<Answer[]>
+  /** Holds connections beyond the end of the assertion that they rest on, by a fresh one. Answers for those still held. */
+  renew(connectionIds: string[], userAssertion?: string): Promise<Answer[]>
   /** The connections have ended on this side. */
   closeConnections(connectionIds: string[]): Promise<void>
   /** What was allowed and has not ended. */
@@ -61,8 +67,8 @@ export function keepAuthorizations({
 }): Authorizations {
   let target: Target = first
   let stream: AuthorizationStream | undefined
-  /** Connection ids. */
-  const held = new Set<string>()
+  /** Connection ids, each with the assertion by which it is held. */
+  const held = new Map<string, string | undefined>()
   /** Since when there was no stream that holds them, by `timer`. */
   let lostAtMs: number | undefined
   let resumeWithinMs: number | undefined
@@ -93,7 +99,7 @@ export function keepAuthorizations({
   }
 
   function endAll(reason: Reason): void {
-    for (const connectionId of [...held]) void end({ connectionId, reasons: [reason], decisionId: '' })
+    for (const connectionId of [...held.keys()]) void end({ connectionId, reasons: [reason], decisionId: '' })
   }
 
   function lost(which: AuthorizationStream, error: ServiceError | undefined): void {
@@ -142,7 +148,9 @@ export function keepAuthorizations({
   /** @returns how long to wait before those that could not be decided are tried again; absent: there are none */
   async function resumeOn(next: AuthorizationStream): Promise<number | undefined> {
     let waitMs: number | undefined
-    for (const answer of await next.resume([...held])) {
+    const byAssertion = Map.groupBy(held.keys(), id => held.get(id))
+    const resumed = [...byAssertion].map(([userAssertion, ids]) => next.resume(ids, userAssertion))
+    for (const answer of (await Promise.all(resumed)).flat()) {
       const { connectionId, allowed, retryAfter, reasons, decisionId } = answer
       if (retryAfter) waitMs = Math.max(waitMs ?? 0, millisecondsOf(retryAfter))
       else if (!allowed) void end({ connectionId, reasons, decisionId })
@@ -174,23 +182,35 @@ export function keepAuthorizations({
   }
 
   return {
-    held: () => [...held],
+    held: () => [...held.keys()],
 
-    async ask(questions) {
+    async ask(questions, userAssertion) {
       if (closing.signal.aborted) throw closed()
       stream ??= open()
       asking++
       try {
-        return (await stream.ask(questions)).map(answer => {
+        return (await stream.ask(questions, userAssertion)).map(answer => {
           const ended = endedBefore.get(answer.connectionId)
           if (ended) return { ...answer, allowed: false, reasons: ended.reasons, decisionId: ended.decisionId }
-          if (answer.allowed) held.add(answer.connectionId)
+          if (answer.allowed) held.set(answer.connectionId, userAssertion)
           return answer
         })
       } finally {
         asking--
         if (asking === 0) endedBefore.clear()
       }
+    },
+
+    async renew(connectionIds, userAssertion) {
+      if (closing.signal.aborted) throw closed()
+      // What waits to be resumed is renewed by it.
+      if (userAssertion !== undefined) {
+        for (const id of connectionIds) if (held.has(id)) held.set(id, userAssertion)
+      }
+      while (resuming) await resuming
+      const known = connectionIds.filter(id => held.has(id))
+      if (!stream || known.length === 0) return []
+      return stream.renew(known, userAssertion)
     },
 
     async closeConnections(connectionIds) {

@@ -49,7 +49,7 @@ export type AuthorizationStream = {
    * Holds connections of a stream that was lost on this one. Answers in the order of the ids; one that is not allowed has
    * ended, unless it has `retryAfter`. Rejects with INVALID_ARGUMENT where the server is of before there was such a thing.
    */
-  resume(connectionIds: string[]): Promise<Answer[]>
+  resume(connectionIds: string[], userAssertion?: string): Promise<Answer[]>
   /** The connections have ended. @returns the ids of those that were open */
   closeConnections(connectionIds: string[]): Promise<string[]>
   /** The leases that this stream holds. */
@@ -236,13 +236,13 @@ export function openAuthorizations({
       return Promise.all(connectionIds.map(id => answers.get(id)!))
     },
 
-    async resume(connectionIds) {
+    async resume(connectionIds, userAssertion) {
       demandOpen()
       const ids = [...new Set(connectionIds)]
       const busy = ids.find(id => renewing.has(id))
       if (busy !== undefined) throw invalidField('connection_ids', `${busy} is being resumed already`)
       const answers = new Map(ids.map(id => [id, waitingIn(renewing, id, { questionId: undefined })]))
-      for (const some of chunked(ids)) send({ $case: 'resume', value: { connectionIds: some } })
+      for (const some of chunked(ids)) send({ $case: 'resume', value: { connectionIds: some, userAssertion } })
       return Promise.all(connectionIds.map(id => answers.get(id)!))
     },
 

@@ -88,6 +88,7 @@ function startInstance(name: string, world: World) {
   const resume = createResume({
     facts: { isCurrent: () => true } as never,
     decider: decider as never,
+    assertions: undefined,
     leases,
     journal: {
       append: (entries: readonly JournalEntry[]) => new Promise<void>(done => void journal.push({ entries, done })),
@@ -139,6 +140,7 @@ function startInstance(name: string, world: World) {
         ...leaseOf(stream),
         deviceId: 'alpha',
         call,
+        userAssertion: '',
         hold(lease) {
           if (stream.isOpen) stream.held = lease
           else leases.suspend([lease])

@@ -64,7 +64,7 @@ export type AuthorizeClient = {
   /** Waits for the revocation of a connection. */
   revocationOf(connectionId: string): Promise<ConnectionRevoked>
   /** Asks to hold connections of another stream here; the answers in the order of the ids. */
-  resume(connectionIds: string[]): Promise<Answer[]>
+  resume(connectionIds: string[], userAssertion?: string): Promise<Answer[]>
   ended: Promise<Refusal | undefined>
   end(): void
 }
@@ -103,9 +103,9 @@ export function authorizations(
     },
     revocationOf: id =>
       eventually(`the revocation of ${id}`, () => revoked.find(revocation => revocation.connectionId === id)),
-    async resume(connectionIds) {
+    async resume(connectionIds, userAssertion) {
       const before = responses.length
-      stream.write({ kind: { $case: 'resume', value: { connectionIds } } })
+      stream.write({ kind: { $case: 'resume', value: { connectionIds, userAssertion } } })
       const failed = ended.then(end => {
         throw new Error(`the authorize stream ended: ${JSON.stringify(end)}`)
       })

@@ -1,11 +1,13 @@
 /** Users who are named by a signed assertion, as devices, operators and Envoy see it. */
 import { credentials as grpcCredentials } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
+import { keepAuthorizations } from '../../src/agent/authorizations.ts'
 import { systemClock } from '../../src/clock.ts'
 import { AuthorizationClient, CheckRequest } from '../../src/gen/envoy/service/auth/v3/external_auth.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { eventually, healthy, refused, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { type Credentials, clientsOf, eventually, healthy, refused, startEdgeMesh, unary } from '../support/edgemesh.ts'
 import { proxyIdentity } from '../support/proxy-identity.ts'
+import { link } from '../support/relay.ts'
 import { assertionBy, audience, issuer, issuerKey, keyServer, keySetOf } from '../support/user-issuer.ts'
 
 const key = await issuerKey('one')
@@ -132,6 +134,69 @@ test('a connection ends with the assertion of its user, unless it is renewed wit
     ])
     return rows[0]?.status === 'revoked' && rows[0].end_reasons[0].code === 'USER_ASSERTION_EXPIRED'
   })
+})
+
+test('a connection is resumed by an assertion of its user, ends with that one, and waits for whoever has none', async t => {
+  const { mesh, device, time } = await start(t)
+  const way = await link(t, mesh.server.apiPort)
+  const clients = (who: Credentials) => clientsOf(t, `127.0.0.1:${way.port}`, who)
+  const lost = authorizations(t, { clients }, device)
+  const { connectionId: id } = await lost.ask('', 'payroll', '', await assertionBy(key))
+  way.cut()
+  const waits = async () =>
+    (await mesh.pool.query('select status, resume_by is not null as waits from connections where id = $1', [id]))
+      .rows[0]
+  await eventually('it waits', async () => (await waits()).waits)
+
+  const stream = authorizations(t, mesh, device)
+  for (const [assertion, code] of [
+    [undefined, 'USER_ASSERTION_MISSING'],
+    ['nonsense', 'USER_ASSERTION_INVALID'],
+    [await assertionBy(key, { sub: 'bob' }), 'USER_ASSERTION_WRONG_USER'],
+  ] as const) {
+    const [answer] = await stream.resume([id], assertion)
+    t.false(answer?.allowed)
+    t.deepEqual(codes(answer?.reasons ?? []), [code])
+    t.deepEqual(await waits(), { status: 'active', waits: true }, code)
+  }
+  const exp = Math.floor(Date.now() / 1_000) + 60
+  const [answer] = await stream.resume([id], await assertionBy(key, { exp, sub: 'ada' }))
+  t.true(answer?.allowed)
+  t.is(answer?.expiresAt?.getTime(), exp * 1_000)
+  time.ahead = 61_000
+  t.deepEqual(codes((await stream.revocationOf(id)).reasons), ['USER_ASSERTION_EXPIRED'])
+})
+
+test('a client that holds connections by an assertion takes them along to its next stream by it', async t => {
+  const { mesh, device } = await start(t)
+  const way = await link(t, mesh.server.apiPort)
+  const ended: string[] = []
+  const { rootsPem, keyPem, identity } = device
+  const held = keepAuthorizations({
+    server: `127.0.0.1:${way.port}`,
+    credentials: { rootsPem, keyPem, certificateChainPem: identity.certificateChainPem.join('') },
+    onEnded: ({ connectionId }) => void ended.push(connectionId),
+  })
+  t.teardown(() => held.close())
+  const [first, second] = [await assertionBy(key), await assertionBy(key, { jti: 'another' })]
+  const answers = [
+    ...(await held.ask([{ user: '', service: 'payroll' }], first)),
+    ...(await held.ask([{ user: 'ada', service: 'payroll' }], first)),
+  ]
+  t.deepEqual(
+    (await held.renew([answers[1]?.connectionId ?? ''], second)).map(({ allowed }) => allowed),
+    [true],
+  )
+  way.cut()
+  await eventually('another stream holds them', async () => {
+    const { rows: now } = await mesh.pool.query(
+      `select (select count(*)::int from connections where status = 'active' and resume_by is null) as held,
+         (select count(*)::int from audit_events where method like '%/Authorize' and detail ->> 'stream' = 'opened') as streams`,
+    )
+    return now[0].held === 2 && now[0].streams === 2
+  })
+  t.deepEqual(ended, [])
+  t.deepEqual(held.held().sort(), answers.map(({ connectionId }) => connectionId).sort())
 })
 
 test('an operator asks about a named user without an assertion of theirs', async t => {

@@ -140,6 +140,8 @@ export interface ListConnections {
 export interface ResumeConnections {
   /** 128 at most. */
   connectionIds: string[];
+  /** As in Questions: of the user whose connections they are. One that is denied because of it goes on waiting. */
+  userAssertion?: string | undefined;
 }
 
 /** To be sent when the connections have been ended. Ids that were not pushed on this stream are ignored. */
@@ -1094,13 +1096,16 @@ export const ListConnections: MessageFns<ListConnections> = {
 };
 
 function createBaseResumeConnections(): ResumeConnections {
-  return { connectionIds: [] };
+  return { connectionIds: [], userAssertion: undefined };
 }
 
 export const ResumeConnections: MessageFns<ResumeConnections> = {
   encode(message: ResumeConnections, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     for (const v of message.connectionIds) {
       writer.uint32(10).string(v!);
+    }
+    if (message.userAssertion !== undefined) {
+      writer.uint32(18).string(message.userAssertion);
     }
     return writer;
   },
@@ -1126,6 +1131,14 @@ export const ResumeConnections: MessageFns<ResumeConnections> = {
             message.connectionIds.push(reader.string());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.userAssertion = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1143,6 +1156,9 @@ export const ResumeConnections: MessageFns<ResumeConnections> = {
     if (message.connectionIds?.length) {
       obj.connectionIds = message.connectionIds;
     }
+    if (message.userAssertion !== undefined) {
+      obj.userAssertion = message.userAssertion;
+    }
     return obj;
   },
 
@@ -1152,6 +1168,7 @@ export const ResumeConnections: MessageFns<ResumeConnections> = {
   fromPartial<I extends Exact<DeepPartial<ResumeConnections>, I>>(object: I): ResumeConnections {
     const message = createBaseResumeConnections();
     message.connectionIds = object.connectionIds?.map((e) => e) || [];
+    message.userAssertion = object.userAssertion ?? undefined;
     return message;
   },
 };
