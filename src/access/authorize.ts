@@ -601,14 +601,14 @@ function decisionRow(
     by.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${decided.map(({ verdict }) => verdict.jsonAgain ?? verdict.json).join(',')}]`,
+    `[${decided.map(({ verdict: { onRecord } }) => onRecord.again ?? onRecord.first).join(',')}]`,
   ]
   return {
     id,
     entry: { table: decisionsTable, row },
     committed() {
       decided.forEach(({ question, verdict }, place) => {
-        if (verdict.jsonAgain === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
+        if (verdict.onRecord.again === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
       })
     },
   }

@@ -26,11 +26,14 @@ export type Verdict = {
   /** Ask again by then, ms since epoch. */
   expiresAtMs: number
   input: AuthzInput
-  /** The question and the answer as an audited decision has them, as `canonicalJson`: made once, however often used. */
-  json: string
-  /** The same once its input is on record: with the place of that instead of the input, which is most of it. */
-  jsonAgain?: string
+  onRecord: OnRecord
 }
+
+/**
+ * The question and the answer as an audited decision has them, as `canonicalJson`: made once, however often the verdict is
+ * used. `again` is the same once its input is on record: with the place of that instead of the input, which is most of it.
+ */
+type OnRecord = { first: string; again?: string }
 
 export type Decision = { verdict: Verdict; ground: Ground }
 
@@ -80,8 +83,8 @@ export function createDecider(options: {
     const expiresAtMs = Math.min(endOf(decision, ground.policy.value.hours?.timezone, now), staleAtMs)
     // It has taken so long to decide that the answer is over.
     if (allow && clock() >= expiresAtMs && clock() > now) throw tooSlow()
-    const verdict: Verdict = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs, input, json: '' }
-    verdict.json = canonicalJson({ ...onRecord(question, verdict), input })
+    const answer = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs }
+    const verdict = { ...answer, input, onRecord: { first: canonicalJson({ ...recordOf(question, answer), input }) } }
     // Decided by a policy that has been replaced meanwhile, it is an answer to who asked then, and to nobody else.
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
@@ -126,11 +129,11 @@ export function createDecider(options: {
 
 /** The input of a verdict is on record: with the decision of this id, dated `at`. Later uses of it refer to that. */
 export function keepsOnRecord(verdict: Verdict, question: AccessQuestion, id: string, at: Date): void {
-  verdict.jsonAgain = canonicalJson({ ...onRecord(question, verdict), inputOf: id, inputAt: at })
+  verdict.onRecord.again ??= canonicalJson({ ...recordOf(question, verdict), inputOf: id, inputAt: at })
 }
 
-function onRecord({ user, service, action }: AccessQuestion, verdict: Verdict) {
-  const { allow, reasons, policyRevision, evaluatedAtMs, expiresAtMs } = verdict
+function recordOf({ user, service, action }: AccessQuestion, answer: Omit<Verdict, 'input' | 'onRecord'>) {
+  const { allow, reasons, policyRevision, evaluatedAtMs, expiresAtMs } = answer
   const [evaluatedAt, expiresAt] = [new Date(evaluatedAtMs), new Date(expiresAtMs)]
   return { user, service, action, allow, reasons, policyRevision, evaluatedAt, expiresAt }
 }

@@ -53,7 +53,7 @@ function startInstance(name: string, world: World) {
         policyRevision: '1',
         evaluatedAtMs,
         expiresAtMs,
-        json: '{}',
+        onRecord: { first: '{}' },
       } as unknown as Verdict
       return {
         verdict,

@@ -163,7 +163,7 @@ function deciderOver(engine: PolicyEngine) {
       const user = users[turn % 2] as string
       const asked = { deviceId: 'laptop-7', user, service: 'orders', action: `connect-${turn}` }
       const { verdict } = await decider.decide(asked)
-      if (verdict.allow !== (user === 'ada')) throw new Error(`decided wrongly: ${verdict.json}`)
+      if (verdict.allow !== (user === 'ada')) throw new Error(`decided wrongly: ${verdict.onRecord.first}`)
     },
   }
 }
