@@ -263,7 +263,7 @@ async function compose(
       limit: settings.rateLimits.connections,
       settle: settleIn(db.pool, 'RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
     }),
-    onDecision: metrics.decision,
+    onDecisions: metrics.decisions,
     onConnection: metrics.connection,
   }
   const resume = createResume({

@@ -43,7 +43,8 @@ export type AuthorizeDeps = {
   limit: (caller: string, questions: number) => void | Promise<void>
   /** Undefined where users are known by the caller's word alone. */
   assertions: UserAssertions | undefined
-  onDecision: (decision: 'allow' | 'deny', seconds: number) => void
+  /** Those of one message, and how long they took. */
+  onDecisions: (allowed: number, denied: number, seconds: number) => void
   onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
 }
 
@@ -117,7 +118,7 @@ export function createCheck(deps: AuthorizeDeps) {
         if (!(error instanceof UserAssertionRefused)) throw error
         await deps.journal.append([refusalEntry(call, [question], error)])
         call.audit.written = true
-        deps.onDecision('deny', (performance.now() - startedAt) / 1_000)
+        deps.onDecisions(0, 1, (performance.now() - startedAt) / 1_000)
         return { answer: denial(request.question.id, error.why), serverTime: new Date(deps.clock()) }
       }
     }
@@ -127,7 +128,7 @@ export function createCheck(deps: AuthorizeDeps) {
     await deps.journal.append([decision.entry])
     decision.committed()
     call.audit.written = true
-    deps.onDecision(verdict.allow ? 'allow' : 'deny', (performance.now() - startedAt) / 1_000)
+    deps.onDecisions(verdict.allow ? 1 : 0, verdict.allow ? 0 : 1, (performance.now() - startedAt) / 1_000)
     const answer = answerOf(request.question.id, verdict, `${decision.id}.0`, '')
     return { answer, serverTime: new Date(deps.clock()) }
   }
@@ -180,7 +181,7 @@ export function createAuthorize(deps: ContinuousDeps) {
         } catch (error) {
           if (!(error instanceof UserAssertionRefused)) throw error
           await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, asked, error)])
-          for (const _ of asked) deps.onDecision('deny', (performance.now() - startedAt) / 1_000)
+          deps.onDecisions(0, asked.length, (performance.now() - startedAt) / 1_000)
           return questions.map(({ id }) => denial(id, error.why))
         }
       }
@@ -212,11 +213,11 @@ export function createAuthorize(deps: ContinuousDeps) {
         for (const { lease } of decided) if (lease) deps.leases.drop(lease)
         throw error
       }
-      const seconds = (performance.now() - startedAt) / 1_000
-      return decided.map(({ question, verdict, lease }, at) => {
+      let allowed = 0
+      const answers = decided.map(({ question, verdict, lease }, at) => {
         const decisionId = `${decision.id}.${at}`
         const questionId = questions[at]?.id ?? ''
-        deps.onDecision(verdict.allow ? 'allow' : 'deny', seconds)
+        if (verdict.allow) allowed++
         deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
         const revocation = lease && revocations.get(lease.id)
         if (revocation) {
@@ -226,6 +227,8 @@ export function createAuthorize(deps: ContinuousDeps) {
         if (lease) hold(lease, false)
         return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
       })
+      deps.onDecisions(allowed, decided.length - allowed, (performance.now() - startedAt) / 1_000)
+      return answers
     }
 
     /** @param isKnown whether its device knows of it, and may come back for it, if the stream was cut while it was decided */
@@ -380,33 +383,47 @@ type DecidedAndLeased = Decided & { lease: Lease | undefined }
 export function decideAndLease(
   deps: Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>,
   question: AccessQuestion,
-  known: Pick<Lease, 'questionId' | 'assertedUntilMs' | 'push' | 'moved'> & Partial<Pick<Lease, 'id' | 'grantedAtMs'>>,
+  known: Pick<Lease, 'questionId' | 'assertedUntilMs' | 'push' | 'moved'> & {
+    id?: string | undefined
+    grantedAtMs?: number | undefined
+  },
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
-  function leaseIfAllowed({ verdict: decided, ground }: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
+  function lease({ verdict: decided, ground }: Decision): DecidedAndLeased {
     const verdict = endingBy(decided, known.assertedUntilMs)
     if (!verdict.allow) return { question, verdict, lease: undefined }
-    if (!deps.facts.isCurrent(question, ground)) {
-      if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
-      throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
-        retryAfterMs: 100,
-      })
-    }
+    const { id, grantedAtMs, questionId, assertedUntilMs, push, moved } = known
+    const { value: user } = ground.user
+    const serviceId = ground.service.value?.id ?? ''
+    const { expiresAtMs } = verdict
     const wanted = {
-      ...known,
+      id,
+      grantedAtMs,
+      questionId,
       question,
-      userId: ground.user.value?.id ?? '',
-      serviceId: ground.service.value?.id ?? '',
-      role: ground.user.value?.role ?? '',
-      expiresAtMs: verdict.expiresAtMs,
+      userId: user?.id ?? '',
+      role: user?.role ?? '',
+      serviceId,
+      expiresAtMs,
+      assertedUntilMs,
       decisionId: '',
+      push,
+      moved,
     }
-    const lease = deps.leases.grant(wanted, verdict.policyRevision)
-    return { question, verdict, lease }
+    return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
+  }
+
+  function leaseIfCurrent(decision: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
+    if (!decision.verdict.allow || deps.facts.isCurrent(question, decision.ground)) return lease(decision)
+    if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
+    throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
+      retryAfterMs: 100,
+    })
   }
 
   const decision = deps.decider.decide(question)
-  return decision instanceof Promise ? decision.then(leaseIfAllowed) : leaseIfAllowed(decision)
+  // What is decided at once is decided by what is so now.
+  return decision instanceof Promise ? decision.then(leaseIfCurrent) : lease(decision)
 }
 
 /**

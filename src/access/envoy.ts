@@ -30,7 +30,10 @@ import { parseForwardedCertificates } from './forwarded-certificate.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
 
-export type EnvoyDeps = Pick<AuthorizeDeps, 'decider' | 'journal' | 'clock' | 'limit' | 'assertions' | 'onDecision'> & {
+export type EnvoyDeps = Pick<
+  AuthorizeDeps,
+  'decider' | 'journal' | 'clock' | 'limit' | 'assertions' | 'onDecisions'
+> & {
   standing: Pick<Standing, 'demandSeen'>
   trustDomain: string
 }
@@ -66,7 +69,10 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
     const startedAt = performance.now()
     const asked = askedBy(request)
-    const counted = (decision: 'allow' | 'deny') => deps.onDecision(decision, (performance.now() - startedAt) / 1_000)
+    const counted = (decision: 'allow' | 'deny') => {
+      const [allowed, denied] = decision === 'allow' ? [1, 0] : [0, 1]
+      deps.onDecisions(allowed as number, denied as number, (performance.now() - startedAt) / 1_000)
+    }
     try {
       const seen = deviceSeen(asked, call, deps.trustDomain)
       call.audit.target = `device/${seen.deviceId}`

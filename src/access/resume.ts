@@ -26,7 +26,7 @@ import { UserAssertionRefused } from './user-assertion.ts'
 
 export type ResumeDeps = Pick<
   AuthorizeDeps,
-  'facts' | 'decider' | 'assertions' | 'instanceId' | 'clock' | 'limit' | 'onDecision' | 'onConnection'
+  'facts' | 'decider' | 'assertions' | 'instanceId' | 'clock' | 'limit' | 'onDecisions' | 'onConnection'
 > & {
   leases: Leases
   journal: Journal
@@ -100,9 +100,9 @@ export function createResume(deps: ResumeDeps): Resume {
     }
 
     // Step 6: What is still active is allowed.
-    const seconds = (performance.now() - startedAt) / 1_000
+    const count = decided.filter(({ verdict }) => verdict.allow).length
+    deps.onDecisions(count, decided.length - count, (performance.now() - startedAt) / 1_000)
     for (const { question, lease, verdict } of decided) {
-      deps.onDecision(verdict.allow ? 'allow' : 'deny', seconds)
       deps.onConnection(question.service, verdict.allow ? 'resumed' : 'denied')
       answers.set(lease.id, answerFor(lease, verdict, revocations.get(lease.id)))
       if (lease.state === 'active') stream.hold(lease)

@@ -100,6 +100,8 @@ const hints: Readonly<Record<string, string>> = {
     'see who is behind with: edgemesh ca progress --behind; go on without them with: edgemesh ca rotate --force',
 
   // Users
+  USER_ASSERTION_MISSING: 'hand over an assertion of the user: edgemesh check --user-assertion-file FILE',
+  USER_ASSERTION_EXPIRED: "have the user's issuer sign another one; it lasts as long as its exp says",
   USER_ASSERTION_KEYS_UNAVAILABLE: 'see that the server reaches USER_ASSERTION_JWKS_URL, and try again',
 
   // The server, as a client sees it

@@ -2,7 +2,7 @@
  * What the service counts and measures, in the names that Prometheus sees.
  *
  *     const metrics = startMetrics({ instanceId, version })
- *     metrics.decision('allow', 0.0004)
+ *     metrics.decisions(1, 0, 0.0004)
  *     metrics.observe({ unhealthyDevices: () => presence.unhealthy })
  *     startTelemetryHttp({ metrics: metrics.handler, … })
  *
@@ -20,8 +20,8 @@ import { PrometheusExporter } from '@opentelemetry/exporter-prometheus'
 import { MeterProvider } from '@opentelemetry/sdk-metrics'
 
 export type Metrics = {
-  /** A decision has been made, `allow` or `deny`, within so many seconds. */
-  decision(decision: string, seconds: number): void
+  /** The decisions that one message asked for have been made, all within so many seconds. */
+  decisions(allowed: number, denied: number, seconds: number): void
   /** An enrollment has ended: `enrolled`, or the reason of its refusal. Or it has begun to wait: `pending`. */
   enrollment(outcome: string): void
   /** A device has come back with an expired certificate: how, or the reason why it was refused. */
@@ -134,7 +134,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   )
   const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
   const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
-    description: 'Time from request to decision',
+    description: 'Time from a message to the decisions that it asked for',
     advice: { explicitBucketBoundaries: DECISION_SECONDS },
   })
   const commitSeconds = meter.createHistogram('edgemesh_audit_commit_seconds', {
@@ -164,8 +164,9 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   const stopEventLoop = watchEventLoop(meter)
 
   return {
-    decision(decision, seconds) {
-      decisions(1, decision)
+    decisions(allowed, denied, seconds) {
+      if (allowed > 0) decisions(allowed, 'allow')
+      if (denied > 0) decisions(denied, 'deny')
       decisionSeconds.record(seconds)
     },
     enrollment: outcome => enrollments(1, outcome),

@@ -97,7 +97,7 @@ function startInstance(name: string, world: World) {
     instanceId: name,
     clock,
     limit: async () => {},
-    onDecision() {},
+    onDecisions() {},
     onConnection() {},
     async claim() {
       const { row } = world

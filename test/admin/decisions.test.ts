@@ -60,6 +60,7 @@ test('each question of a message is a decision of its own', async t => {
     caller: 'spiffe://test/device/alpha',
     instanceId: 'instance-1',
     input: { action: 'connect' },
+    inputOf: '',
     // Rows of older versions have neither.
     evaluatedAt: undefined,
     expiresAt: undefined,

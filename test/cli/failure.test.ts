@@ -12,7 +12,13 @@ const folder = join(import.meta.dirname, '../../proto/edgemesh/v1')
 /** What the contract's comments name as reasons: `CODE: REASON, REASON (explained), REASON.` and `CODE REASON`. */
 function reasonsOfTheContract(): string[] {
   const codes = new Set(Object.keys(status))
-  const others = new Set(['UPPER_SNAKE_CASE', 'CERT_RECOVERY_DAYS', 'CA_KEY_FILE', 'DISK_NOT_ENCRYPTED'])
+  const others = new Set([
+    'UPPER_SNAKE_CASE',
+    'CERT_RECOVERY_DAYS',
+    'CA_KEY_FILE',
+    'DISK_NOT_ENCRYPTED',
+    'USER_ASSERTION',
+  ])
   const comments = readdirSync(folder)
     .flatMap(name => readFileSync(join(folder, name), 'utf8').split('\n'))
     .filter(line => /^\s*\/\//.test(line))

@@ -215,7 +215,7 @@ withOpa('an open connection is taken back when the policy is replaced (needs opa
 
   const path = join(policies, 'authz.rego')
   const closed = (await readFile(path, 'utf8'))
-    .replace('\n\tclock_permits\n}', '\n\tclock_permits\n\tinput.user.role == "nobody"\n}')
+    .replace('allow if {\n', 'allow if {\n\tinput.user.role == "nobody"\n')
     .concat('\nrefusals contains reason("CLOSED", "policy", "closed", "open", "Nobody may connect now.")\n')
   await writeFile(path, closed)
   const revocation = await access.revocationOf(answer.connectionId)

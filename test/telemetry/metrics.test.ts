@@ -16,7 +16,7 @@ function start(): Metrics {
 
 test('counts show under their exact names and labels', async t => {
   const metrics = start()
-  metrics.decision('allow', 0.0002)
+  metrics.decisions(1, 0, 0.0002)
   metrics.enrollment('enrolled')
   metrics.heartbeat(3)
   metrics.connection('db', 'open')

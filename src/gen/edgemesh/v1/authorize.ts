@@ -69,7 +69,8 @@ export interface CheckRequest {
   /**
    * A JWT of the users' issuer that says who the user is; 8192 characters at most. Where USER_ASSERTION is "required",
    * devices and services are denied without one; where it is "off", it is not looked at. The answer is good until the
-   * assertion expires at most. A denial because of it has a reason USER_ASSERTION_… and no decision_id.
+   * assertion expires at most. A denial because of it has a reason such as USER_ASSERTION_MISSING and no
+   * decision_id.
    */
   userAssertion?: string | undefined;
 }
