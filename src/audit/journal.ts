@@ -52,6 +52,12 @@ export type Journal = {
 
 /** Appends that share a commit; at about 1 kB a row a batch stays near 1 MB. */
 const batchAppendsMax = 1_000
+/**
+ * From so many appends in a batch on, the next one waits a moment for company, as with PostgreSQL's commit_delay: half as
+ * many commits cost half as much. Who comes alone waits for nobody.
+ */
+const crowdAppendsMin = 8
+const crowdWaitMs = 2
 /** Appends waiting; more are refused. Twenty batches are over two seconds of PostgreSQL's work. */
 const queuedAppendsMax = 20_000
 const retryMs = 500
@@ -92,6 +98,8 @@ export function startJournal(options: {
   const chain = createChain({ ...options, key: sealKey })
   let flushing: Promise<void> | undefined
   const names = new Map<string, string>()
+  /** Appends of the batch before. */
+  let crowd = 0
 
   function enqueue(append: Append): void {
     queue.push(append)
@@ -110,7 +118,9 @@ export function startJournal(options: {
   }
 
   async function flushBatch(): Promise<void> {
+    if (crowd >= crowdAppendsMin) await new Promise(resolve => setTimeout(resolve, crowdWaitMs))
     const batch = queue.splice(0, batchAppendsMax)
+    crowd = batch.length
     const startedAt = performance.now()
     try {
       const rows = await commit(batch)

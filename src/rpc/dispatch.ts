@@ -25,7 +25,7 @@ import type {
 import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
 import type { Refusals } from '../audit/refusals.ts'
-import type { Call, Identified } from '../caller.ts'
+import type { Call, CallAudit, Identified, OwnEvents } from '../caller.ts'
 import { type Clock, clockOffsetMs } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { MessageStream } from '../message-stream.ts'
@@ -94,17 +94,13 @@ const messagesUnreadMax = 1_024
 /** What stands in for a message that is not what its method takes. */
 const malformed = Symbol('malformed message')
 
-type OpenCall = {
-  call: Call
-  span: Span
-  cut: (fault: Fault) => void
-  finish: (fault: Fault) => void
-  /** The answer or the refusal has left. */
-  isOver: boolean
-}
+type OpenCall = { call: ServedCall; span: Span | undefined; finish: (fault: Fault) => void }
 
-/** Costs nothing while nobody exports traces. */
 const tracer = trace.getTracer('edgemesh')
+
+function startSpan(method: string): Span {
+  return tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
+}
 
 type AnyCall =
   | ServerUnaryCall<unknown, unknown>
@@ -115,6 +111,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   const { server, journal, refusals, clock, log, instanceId } = options
   const open = new Set<OpenCall>()
   const serverTime = serverTimeFrom(clock)
+  const isTraced = startSpan('/trial').isRecording()
 
   /** Steps 1 to 3. @returns nothing to wait for, mostly: whoever called a moment ago is known to stand */
   function admit(peer: Peer, call: Call, access: Access): void | Promise<void> {
@@ -137,33 +134,22 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   function begin(grpcCall: AnyCall, method: string): { peer: Peer; call: Call; opened: OpenCall } {
     const peer = options.peerAt(grpcCall.getPeer()) ?? gonePeer
     const startedAt = clock()
-    const ending = lazyAbort()
-    const call: Call = {
+    const call = new ServedCall(grpcCall, journal.ownEvents, {
       caller: callerOf(peer, startedAt),
       address: peer.address,
       method,
       startedAt,
       instanceId,
       clockOffsetMs: clockOffsetMs(sentAtOf(grpcCall), startedAt),
-      get signal() {
-        return ending.signal()
-      },
-      audit: { target: '', detail: {}, written: false, own: journal.ownEvents() },
-    }
-    const span = tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
-    const opened: OpenCall = { call, span, cut: ending.abort, finish: () => {}, isOver: false }
-    open.add(opened)
-    // The three kinds of call are all emitters, but share no overload of `on`. It comes after every call, too.
-    ;(grpcCall as EventEmitter).on('cancelled', () => {
-      if (!opened.isOver) ending.abort(new Fault('ABORTED', 'CANCELLED', 'the caller has gone'))
     })
+    const opened: OpenCall = { call, span: isTraced ? startSpan(method) : undefined, finish: () => {} }
+    open.add(opened)
     return { peer, call, opened }
   }
 
   function close(opened: OpenCall): void {
-    opened.isOver = true
     open.delete(opened)
-    opened.span.end()
+    opened.span?.end()
   }
 
   /** Step 5 for a call that goes well, once. */
@@ -186,7 +172,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       fault = faultOf(auditError, log)
     }
     options.onCall(call.method, fault.code)
-    span.setStatus({ code: SpanStatusCode.ERROR, message: fault.reason })
+    span?.setStatus({ code: SpanStatusCode.ERROR, message: fault.reason })
     return fault
   }
 
@@ -204,7 +190,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         const response = await handle(wellFormed(grpcCall.request), call)
         if (!call.audit.written) await auditSuccess(call)
         options.onCall(method, 'OK')
-        callback(null, response, serverTime())
+        callback(null, response, tellsTime(response) ? undefined : serverTime())
       } catch (error) {
         const failure = await auditFailure(opened, error)
         callback(statusOf(failure, serverTime()))
@@ -321,8 +307,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       server.addService(tolerant, implementation)
     },
     cut(concerns, fault) {
-      for (const { call, cut } of open) {
-        if (call.caller.kind !== 'anonymous' && concerns(call.caller)) cut(fault)
+      for (const { call } of open) {
+        if (call.caller.kind !== 'anonymous' && concerns(call.caller)) call.cut(fault)
       }
     },
     finishAll(fault) {
@@ -336,22 +322,69 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   }
 }
 
-/** An abort controller that is made when somebody looks: the calls that are over in a moment need none. */
-function lazyAbort() {
-  let controller: AbortController | undefined
-  let fault: Fault | undefined
-  return {
-    abort(by: Fault) {
-      fault ??= by
-      controller?.abort(by)
-    },
-    signal(): AbortSignal {
-      if (controller) return controller.signal
-      controller = new AbortController()
-      if (fault) controller.abort(fault)
-      return controller.signal
-    },
+/** A call as its handler sees it. What most calls are over without is made when somebody asks for it. */
+class ServedCall implements Call {
+  caller: Call['caller']
+  readonly address: string
+  readonly method: string
+  readonly startedAt: number
+  readonly instanceId: string
+  readonly clockOffsetMs: number | undefined
+  readonly audit: Call['audit']
+  readonly #grpcCall: AnyCall
+  #ending: AbortController | undefined
+  #cutBy: Fault | undefined
+
+  constructor(grpcCall: AnyCall, ownEvents: () => OwnEvents, known: Omit<Call, 'signal' | 'audit'>) {
+    this.#grpcCall = grpcCall
+    this.caller = known.caller
+    this.address = known.address
+    this.method = known.method
+    this.startedAt = known.startedAt
+    this.instanceId = known.instanceId
+    this.clockOffsetMs = known.clockOffsetMs
+    this.audit = new ServedCallAudit(ownEvents)
   }
+
+  get signal(): AbortSignal {
+    if (this.#ending) return this.#ending.signal
+    const ending = new AbortController()
+    this.#ending = ending
+    if (this.#cutBy) ending.abort(this.#cutBy)
+    else if (this.#grpcCall.cancelled) ending.abort(callerGone())
+    // The three kinds of call are all emitters, but share no overload of `on`.
+    else (this.#grpcCall as EventEmitter).on('cancelled', () => ending.abort(callerGone()))
+    return ending.signal
+  }
+
+  cut(fault: Fault): void {
+    this.#cutBy ??= fault
+    this.#ending?.abort(fault)
+  }
+}
+
+class ServedCallAudit implements CallAudit {
+  target = ''
+  detail: Record<string, unknown> = {}
+  written = false
+  readonly #ownEvents: () => OwnEvents
+  #own: OwnEvents | undefined
+
+  constructor(ownEvents: () => OwnEvents) {
+    this.#ownEvents = ownEvents
+  }
+
+  get own(): OwnEvents {
+    this.#own ??= this.#ownEvents()
+    return this.#own
+  }
+}
+
+const callerGone = () => new Fault('ABORTED', 'CANCELLED', 'the caller has gone')
+
+/** Whether a message says itself what the trailing metadata would say. */
+function tellsTime(message: unknown): boolean {
+  return (message as { serverTime?: unknown }).serverTime instanceof Date
 }
 
 const gonePeer: Peer = {

@@ -13,7 +13,7 @@ import type { GroupOptions, Row } from './row.ts'
 import type { Served } from './served.ts'
 
 /** Each device has a connection of its own, and asks again when it has its answer. */
-const connections = 64
+const connections = 128
 /** As many questions as fit into the largest message of these, each about another service. */
 export const servicesCount = 32
 const rounds = 5
@@ -72,8 +72,6 @@ async function* beside(
   if (profile) {
     progress(`${name}: where the time goes`)
     const { recorded, cpu } = await served.profile(() => load(ours.clients, count))
-    if (process.env.PROFILE_OUT)
-      (await import('node:fs')).writeFileSync(`${process.env.PROFILE_OUT}-${name}.cpuprofile`, JSON.stringify(recorded))
     yield* profileRows(name, recorded, count, cpu.user + cpu.system)
   }
   for (const client of [...ours.clients, ...bare.clients]) client.close()

@@ -41,7 +41,7 @@ const aBeat = {
 }
 
 const calls: Record<string, [code: keyof typeof status, call: (mesh: Setting) => unknown]> = {
-  'a unary call that is answered': ['OK', mesh => mesh.clients(mesh.anonymous).enroll.getTrustBundle({}, () => {})],
+  'a unary call that is answered': ['OK', mesh => mesh.admin.getPolicyState({}, () => {})],
   'a unary call without a certificate': [
     'UNAUTHENTICATED',
     mesh => mesh.clients(mesh.anonymous).authorize.check({ question, deviceId: '' }, () => {}),
@@ -128,3 +128,17 @@ for (const [what, [code, call]] of Object.entries(calls)) {
     t.true(at >= before && at <= Date.now(), `${told}`)
   })
 }
+
+test('an answer that says the time itself needs no trailing metadata for it', async t => {
+  const mesh = setting()
+  const before = Date.now()
+  let said: Date | undefined
+  const end = await endOf(
+    mesh.clients(mesh.anonymous).enroll.getTrustBundle({}, (_, answer) => {
+      said = answer.serverTime
+    }),
+  )
+  t.is(status[end.code], 'OK')
+  t.deepEqual(end.metadata.get('edgemesh-server-time'), [])
+  t.true(Number(said) >= before && Number(said) <= Date.now())
+})
