@@ -50,14 +50,17 @@ export type Journal = {
   stop(): Promise<void>
 }
 
-/** Appends that share a commit; at about 1 kB a row a batch stays near 1 MB. */
+/** Appends that share a commit: of 1 kB each, mostly. A message of many questions may be of a quarter megabyte. */
 const batchAppendsMax = 1_000
+const batchCharactersMax = 4_000_000
 /**
  * From so many appends in a batch on, the next one waits a moment for company, as with PostgreSQL's commit_delay: half as
  * many commits cost half as much. Who comes alone waits for nobody.
  */
 const crowdAppendsMin = 8
 const crowdWaitMs = 2
+/** Text waiting to be written; what comes then is refused. */
+const queuedCharactersMax = 100_000_000
 /** Appends waiting; more are refused. Twenty batches are over two seconds of PostgreSQL's work. */
 const queuedAppendsMax = 20_000
 const retryMs = 500
@@ -75,6 +78,8 @@ const openingBackMs = 7 * 86_400_000
 
 type Append = {
   entries: readonly JournalEntry[]
+  /** How much text that is, about. */
+  characters: number
   resolve: () => void
   reject: (error: unknown) => void
   /** Tried again for as long as the database is away. */
@@ -101,8 +106,11 @@ export function startJournal(options: {
   /** Appends of the batch before. */
   let crowd = 0
 
+  let queuedCharacters = 0
+
   function enqueue(append: Append): void {
     queue.push(append)
+    queuedCharacters += append.characters
     flushing ??= flush()
   }
 
@@ -119,7 +127,7 @@ export function startJournal(options: {
 
   async function flushBatch(): Promise<void> {
     if (crowd >= crowdAppendsMin) await new Promise(resolve => setTimeout(resolve, crowdWaitMs))
-    const batch = queue.splice(0, batchAppendsMax)
+    const batch = nextBatch()
     crowd = batch.length
     const startedAt = performance.now()
     try {
@@ -133,6 +141,15 @@ export function startJournal(options: {
       else if (isDatabaseOutage(error)) await postpone(batch, error)
       else await commitOneByOne(batch)
     }
+  }
+
+  function nextBatch(): Append[] {
+    let [appends, characters] = [0, 0]
+    while (appends < Math.min(queue.length, batchAppendsMax) && characters < batchCharactersMax) {
+      characters += queue[appends++]?.characters ?? 0
+    }
+    queuedCharacters -= characters
+    return queue.splice(0, appends)
   }
 
   async function commit(batch: readonly Append[]): Promise<number> {
@@ -227,6 +244,7 @@ export function startJournal(options: {
     for (let at = queue.length - 1; at >= 0; at--) {
       if (!queue[at]?.persistent) for (const append of queue.splice(at, 1)) append.reject(unavailable)
     }
+    queuedCharacters = sum(queue)
     await new Promise(resolve => setTimeout(resolve, retryMs))
   }
 
@@ -243,20 +261,21 @@ export function startJournal(options: {
 
   return {
     append(entries) {
-      if (queue.length >= queuedAppendsMax) {
+      if (queue.length >= queuedAppendsMax || queuedCharacters >= queuedCharactersMax) {
         const full = new Fault('UNAVAILABLE', 'AUDIT_BEHIND', 'the audit log is behind; try again', {
           retryAfterMs: retryMs,
         })
         return Promise.reject(full)
       }
-      return new Promise((resolve, reject) => enqueue({ entries, resolve, reject, persistent: false }))
+      const characters = charactersOf(entries)
+      return new Promise((resolve, reject) => enqueue({ entries, characters, resolve, reject, persistent: false }))
     },
     appendLater(entries) {
       if (queue.length >= persistentAppendsMax) {
         options.log.error({ entries: entries.map(({ table, row }) => [table.name, row]) }, 'the journal is full: lost')
         return
       }
-      enqueue({ entries, resolve: () => {}, reject: () => {}, persistent: true })
+      enqueue({ ...itself, entries, characters: charactersOf(entries) })
     },
     ownEvents() {
       let uncommitted: SealedRow[] = []
@@ -287,8 +306,19 @@ export function startJournal(options: {
   }
 }
 
+function charactersOf(entries: readonly JournalEntry[]): number {
+  let count = 0
+  for (const { row, text } of entries) {
+    if (text !== undefined) count += text.length
+    else for (const value of row) if (typeof value === 'string') count += value.length
+  }
+  return count
+}
+
+const sum = (appends: readonly Append[]) => appends.reduce((count, { characters }) => count + characters, 0)
+
 /** What the journal writes of its own accord: nobody waits for it. */
-const itself: Append = { entries: [], resolve: () => {}, reject: () => {}, persistent: true }
+const itself: Append = { entries: [], characters: 0, resolve: () => {}, reject: () => {}, persistent: true }
 
 export const auditEventsTable: JournalTable = {
   name: 'audit_events',
