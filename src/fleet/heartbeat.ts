@@ -69,6 +69,16 @@ const renewalsPerSecond = 50
 /** Streams told of something in one go; between two goes others get their turn. */
 const toldAtOnceMax = 500
 
+/**
+ * Reports of one stream that wait to be on disk: the stream is not read beyond it, so that what waits is bounded by the
+ * streams that there are, and a device whose reports take long sends fewer of them.
+ */
+const reportsUnderWayMax = 1
+/** A report that is on disk within this time has not waited; at twice the time the interval is twice as long. */
+const promptMs = 1_000
+/** Of the age at which a report is stale, the longest interval: two may be lost before that. */
+const longestShareOfAge = 1 / 3
+
 /** Share of the interval by which it varies, to either side. */
 const jitterShare = 0.15
 
@@ -126,8 +136,8 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
           announce,
         })
         deps.onHeartbeat()
-        stream.send(await acknowledge(request, failing, open))
-      })
+        stream.send(await acknowledge(request, failing, open, receivedAtMs))
+      }, reportsUnderWayMax)
     } finally {
       streams.delete(open)
       ofDevice.delete(open)
@@ -172,6 +182,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     { sequence, trustBundleId }: HeartbeatRequest,
     failing: string[],
     open: OpenStream,
+    receivedAtMs: number,
   ): Promise<HeartbeatResponse> {
     const { caller, told } = open
     const directives: Directive[] = []
@@ -186,7 +197,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       directives.push({ kind: { $case: 'policyChanged', value: { revision } } })
     }
     directives.push(...statusNews(told, await currentStatus(open), 'again'))
-    const jittered = deps.intervalMs * (1 + jitterShare * (2 * deps.random() - 1))
+    const jittered = intervalMs(now - receivedAtMs) * (1 + jitterShare * (2 * deps.random() - 1))
     return {
       acknowledgedSequence: sequence,
       nextInterval: durationOf(jittered),
@@ -194,6 +205,15 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       serverTime: new Date(now),
       failingPosture: failing,
     }
+  }
+
+  /**
+   * When the next report is due: later, where the last one took long to be on disk. A fleet that keeps beating at a database
+   * that is slow makes it slower. But no device turns stale for being told to wait.
+   */
+  function intervalMs(tookMs: number): number {
+    const longest = Math.max(deps.intervalMs, deps.maxAgeMs * longestShareOfAge)
+    return Math.min(longest, deps.intervalMs * Math.max(1, tookMs / promptMs))
   }
 
   /** The bundle, for a device that goes by another: it was away when that was pushed. */

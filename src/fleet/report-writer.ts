@@ -38,8 +38,8 @@ export type ReportWriter = {
 /** A flush is due at this many reports or after this time, whichever comes first. */
 const batchReportsMax = 500
 const flushDelayMs = 100
-/** Reports in memory, about 1 kB each. At 20,000 rows a second the newest waits a second. */
-const queuedReportsMax = 20_000
+/** Reports in memory, about 1 kB each: one a stream, and more streams than one instance can hold. */
+const queuedReportsMax = 100_000
 const retryMs = 500
 
 type Waiting = { report: Report; resolve: () => void; reject: (error: unknown) => void }

@@ -465,7 +465,7 @@ function messageStream(
       grpcCall.write(message)
       if (grpcCall.writableLength > messagesUnreadMax) onUnread()
     },
-    receive(onMessage) {
+    receive(onMessage, underWayMax = messagesUnderWayMax) {
       return new Promise((resolve, reject) => {
         let underWay = 0
         let ended = false
@@ -476,7 +476,7 @@ function messageStream(
           reject(error)
         }
         /** Who does not take answers gets no more questions answered: the client's pace bounds what waits here. */
-        const busy = () => underWay >= messagesUnderWayMax || grpcCall.writableNeedDrain
+        const busy = () => underWay >= underWayMax || grpcCall.writableNeedDrain
         const readOn = () => {
           if (!failed && !finishing && grpcCall.isPaused() && !busy()) grpcCall.resume()
         }
