@@ -43,6 +43,7 @@ import { Fault } from './fault.ts'
 import { startCensus } from './fleet/census.ts'
 import { fleetEntities } from './fleet/entities.ts'
 import { createHeartbeats } from './fleet/heartbeat.ts'
+import { keepPresence } from './fleet/presence.ts'
 import { startReportWriter } from './fleet/report-writer.ts'
 import { createApprovals } from './identity/approvals.ts'
 import {
@@ -292,8 +293,11 @@ async function compose(
   })
   stops.push(writer.drained)
   const certValidityMs = settings.identity.certValidityDays * dayMs
+  const presence = await keepPresence({ pool: db.pool, instanceId, clock, log })
+  stops.push(presence.stop)
   const heartbeats = createHeartbeats({
     writer,
+    present: presence.opened,
     requirements: async () => (await facts.policyData()).requirements,
     async deviceStatus(id) {
       const device = await facts.device(id)
@@ -401,6 +405,7 @@ async function compose(
       admin: adminHandlers({
         db,
         clock,
+        maxAgeMs: settings.health.maxAgeMs,
         tokenSecret: settings.identity.enrollmentTokenSecret,
         authority: {
           trustDomain,
@@ -449,6 +454,7 @@ async function compose(
   // Telemetry
   metrics.observe({
     devicesByStatus: census.devicesByStatus,
+    devicesByPresence: census.devicesByPresence,
     unhealthyDevices: census.unhealthyDevices,
     clocks: census.clocks,
     connectionsActive: leases.activeByService,

@@ -26,6 +26,8 @@ import { userHandlers } from './users.ts'
 export type AdminDeps = {
   db: Database
   clock: Clock
+  /** HEALTH_CHECK_MAX_AGE_MINUTES. */
+  maxAgeMs: number
   /** ENROLLMENT_TOKEN_SECRET: what the hashes of tokens are made under. */
   tokenSecret: string
   authority: AuthorityDeps

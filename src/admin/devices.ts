@@ -6,6 +6,7 @@ import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
 import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
+import { type PresenceName, presenceOf } from '../fleet/presence.ts'
 import type {
   ApproveDeviceRequest,
   ApproveDeviceResponse,
@@ -24,7 +25,7 @@ import type {
   RevokeDeviceRequest,
   RevokeDeviceResponse,
 } from '../gen/edgemesh/v1/admin.ts'
-import { DeviceStatus, DeviceType } from '../gen/edgemesh/v1/types.ts'
+import { DevicePresence, DeviceStatus, DeviceType } from '../gen/edgemesh/v1/types.ts'
 import type { RevocationReason } from '../identity/crl.ts'
 import { Certificate } from '../identity/entities.ts'
 import { ofDeletedDevice } from '../identity/standing.ts'
@@ -60,6 +61,19 @@ function deviceStatusName(status: DeviceStatus): DeviceStatusName | undefined {
   return names.find(name => deviceStatuses[name] === status)
 }
 
+/** The presences as they are spelled in SQL. */
+const presences: Record<PresenceName, DevicePresence> = {
+  online: DevicePresence.ONLINE,
+  stale: DevicePresence.STALE,
+  offline: DevicePresence.OFFLINE,
+}
+
+/** `undefined` for UNSPECIFIED. */
+function presenceNameOf(presence: DevicePresence | undefined): PresenceName | undefined {
+  const names = Object.keys(presences) as PresenceName[]
+  return names.find(name => presences[name] === presence)
+}
+
 type Step = 'approve' | 'quarantine' | 'release' | 'revoke' | 'delete'
 
 /**
@@ -80,14 +94,19 @@ const revocationReasons: Partial<Record<DeviceStatusName | 'deleted', Revocation
   deleted: ofDeletedDevice,
 }
 
-const listRequest = z.object({ ...page(z.tuple([id])), status: enumValue(DeviceStatus), labels })
+const listRequest = z.object({
+  ...page(z.tuple([id])),
+  status: enumValue(DeviceStatus),
+  labels,
+  presence: enumValue(DevicePresence).optional(),
+})
 const idRequest = z.object({ id })
 const reasonRequest = z.object({ id, reason })
 
-export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: Clock; maxAgeMs: number }) {
   return {
     async listDevices(request: ListDevicesRequest, call: Call): Promise<ListDevicesResponse> {
-      const { pageSize, pageToken: after, status, labels } = check(listRequest, request)
+      const { pageSize, pageToken: after, status, labels, presence } = check(listRequest, request)
       call.audit.target = 'devices'
       const em = db.em()
       const query = em
@@ -97,9 +116,11 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       const statusName = deviceStatusName(status)
       if (after) query.andWhere({ id: { $gt: after[0] } })
       if (statusName) query.andWhere({ status: statusName })
+      const presenceName = presenceNameOf(presence)
+      if (presenceName) query.andWhere(`${presenceOf('id', maxAgeMs)} = ?`, [presenceName])
       if (Object.keys(labels).length > 0) query.andWhere('labels @> ?::jsonb', [JSON.stringify(labels)])
       const { rows, nextPageToken } = cutPage(await query.getResultList(), pageSize, device => [device.id])
-      return { devices: await deviceMessages(em, rows), nextPageToken }
+      return { devices: await deviceMessages(em, rows, maxAgeMs), nextPageToken }
     },
 
     async getDevice(request: GetDeviceRequest, call: Call): Promise<GetDeviceResponse> {
@@ -108,7 +129,7 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       const em = db.em()
       const device = await em.findOne(Device, asked.id)
       if (!device) throw deviceNotFound(asked.id)
-      return { device: await deviceMessage(em, device) }
+      return { device: await deviceMessage(em, device, maxAgeMs) }
     },
 
     async approveDevice(request: ApproveDeviceRequest, call: Call): Promise<ApproveDeviceResponse> {
@@ -176,18 +197,18 @@ export function deviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
       const keys = [`device:${id}`]
       // The revocation list is signed anew when certificates are revoked, not with every change of a device.
       if (revocationReason) keys.push('crl:revoked')
-      return { answer: after === 'deleted' ? undefined : await deviceMessage(em, device), keys }
+      return { answer: after === 'deleted' ? undefined : await deviceMessage(em, device, maxAgeMs), keys }
     })
   }
 }
 
-async function deviceMessage(em: EntityManager, device: Device): Promise<DeviceMessage> {
-  const [message] = await deviceMessages(em, [device])
+async function deviceMessage(em: EntityManager, device: Device, maxAgeMs: number): Promise<DeviceMessage> {
+  const [message] = await deviceMessages(em, [device], maxAgeMs)
   return message!
 }
 
-/** The devices with their posture and their certificates, in three statements however many there are. */
-async function deviceMessages(em: EntityManager, devices: Device[]): Promise<DeviceMessage[]> {
+/** The devices with their posture and their certificates, in four statements however many there are. */
+async function deviceMessages(em: EntityManager, devices: Device[], maxAgeMs: number): Promise<DeviceMessage[]> {
   const ids = devices.map(device => device.id)
   const postures = await em.find(DevicePosture, { deviceId: { $in: ids } })
   const certificates = await em.find(
@@ -195,6 +216,14 @@ async function deviceMessages(em: EntityManager, devices: Device[]): Promise<Dev
     { subjectKind: 'device', subjectId: { $in: ids } },
     { orderBy: { notBefore: 'desc', serial: 'asc' } },
   )
+  const present = await em.execute<
+    { id: string; presence: PresenceName; since: Date | null; instance: string | null }[]
+  >(
+    `select d.id, ${presenceOf('d.id', maxAgeMs)} as presence, p.since, p.instance_id as instance
+     from devices d left join device_presence p on p.device_id = d.id where d.id in (select jsonb_array_elements_text(?::jsonb))`,
+    [JSON.stringify(ids)],
+  )
+  const presentOf = new Map(present.map(row => [row.id, row]))
   const postureOf = new Map(postures.map(posture => [posture.deviceId, posture]))
   const certificatesOf = Map.groupBy(certificates, certificate => certificate.subjectId)
   return devices.map(device => {
@@ -215,8 +244,21 @@ async function deviceMessages(em: EntityManager, devices: Device[]): Promise<Dev
       certificates: (certificatesOf.get(device.id) ?? []).map(certificateMessage),
       clockOffset: latest?.clockOffsetMs == null ? undefined : durationOf(latest.clockOffsetMs),
       trustBundleId: latest?.trustBundleId ?? '',
+      ...presenceMessage(presentOf.get(device.id)),
     }
   })
+}
+
+function presenceMessage(row: { presence: PresenceName; since: Date | null; instance: string | null } | undefined) {
+  if (!row || row.presence === 'offline') {
+    return { presence: DevicePresence.OFFLINE, presentSince: undefined, instanceId: '' }
+  }
+  const { presence, since, instance } = row
+  return {
+    presence: presences[presence],
+    presentSince: since ? new Date(since) : undefined,
+    instanceId: instance ?? '',
+  }
 }
 
 function certificateMessage(certificate: Certificate): CertificateMessage {

@@ -2,7 +2,7 @@
 import { Command, Option } from 'commander'
 import { millisecondsOf } from '../agent/channel.ts'
 import { Device } from '../gen/edgemesh/v1/admin.ts'
-import { DeviceStatus, DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
+import { DevicePresence, DeviceStatus, DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
 import { type AdminClient, type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'
 import { formatRoughly } from './duration.ts'
 import { valueFor, wordFor, wordsOf } from './enum-words.ts'
@@ -66,6 +66,9 @@ function listCommand(): Command {
   return listing(connecting(new Command('list')))
     .description('devices and how they are')
     .addOption(new Option('--status <status>', 'only those of this status').choices(wordsOf(DeviceStatus)))
+    .addOption(
+      new Option('--presence <presence>', 'only those that are there now, or are not').choices(wordsOf(DevicePresence)),
+    )
     .option('--label <key=value>', 'only those that carry it; may be repeated', label, {})
     .addHelpText(
       'after',
@@ -73,15 +76,18 @@ function listCommand(): Command {
 Examples:
   edgemesh device list
   edgemesh device list --status quarantined
+  edgemesh device list --presence offline
   edgemesh device list --label site=berlin --json
 `,
     )
-    .action((options: ConnectionOptions & ListOptions & { status?: string; label: Labels }) =>
+    .action((options: ConnectionOptions & ListOptions & { status?: string; presence?: string; label: Labels }) =>
       withAdmin(options, admin =>
         printList(options, {
           name: 'devices',
           page: async at => {
-            const filter = { status: valueFor(DeviceStatus, options.status), labels: options.label }
+            const status = valueFor(DeviceStatus, options.status)
+            const presence = valueFor(DevicePresence, options.presence)
+            const filter = { status, presence, labels: options.label }
             const { devices, nextPageToken } = await admin.call('listDevices', { ...at, ...filter })
             return { rows: devices, nextPageToken }
           },
@@ -89,6 +95,7 @@ Examples:
             id: device => device.id,
             type: device => wordFor(DeviceType, device.type),
             status: device => wordFor(DeviceStatus, device.status),
+            presence: device => wordFor(DevicePresence, device.presence),
             'last seen': device => device.lastSeenAt,
             os: device => `${device.os} ${device.osVersion}`.trim(),
             failing: device => device.failingPosture.join(' '),
@@ -132,6 +139,7 @@ function describe(device: Device): string {
     os: `${device.os} ${device.osVersion}`.trim(),
     labels: renderLabels(device.labels),
     enrolled: device.enrolledAt,
+    presence: presenceWords(device),
     'last seen': device.lastSeenAt ?? 'never',
     clock: device.clockOffset && describeClock(millisecondsOf(device.clockOffset)),
     'trust bundle': device.trustBundleId,
@@ -214,4 +222,9 @@ Examples:
         else console.log(`device ${id} is ${wordFor(DeviceStatus, device?.status ?? 0)}`)
       }),
     )
+}
+
+function presenceWords({ presence, presentSince, instanceId }: Device): string {
+  const word = wordFor(DevicePresence, presence)
+  return presentSince ? `${word} since ${presentSince.toISOString()}, at ${instanceId}` : word
 }

@@ -15,6 +15,7 @@ import { AuditSeals } from './migrations/0003-audit-seals.ts'
 import { LeaseResume } from './migrations/0004-lease-resume.ts'
 import { AuditPrivileges } from './migrations/0005-audit-privileges.ts'
 import { RateLimitCredit } from './migrations/0006-rate-limit-credit.ts'
+import { Presence } from './migrations/0007-presence.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -47,6 +48,7 @@ const migrationsList = [
   { name: '0004-lease-resume', class: LeaseResume },
   { name: '0005-audit-privileges', class: AuditPrivileges },
   { name: '0006-rate-limit-credit', class: RateLimitCredit },
+  { name: '0007-presence', class: Presence },
 ]
 
 const connectTimeoutMs = 3_000

@@ -2,9 +2,12 @@
 import type pg from 'pg'
 import { clockOffsetMsTolerated } from '../clock.ts'
 import type { Log } from '../telemetry/log.ts'
+import { type PresenceName, presentDevices } from './presence.ts'
 
 export type Census = {
   devicesByStatus(): ReadonlyMap<string, number>
+  /** Active ones. */
+  devicesByPresence(): ReadonlyMap<PresenceName, number>
   /** Active devices whose posture misses the requirements, is stale, or was never reported. */
   unhealthyDevices(): number
   /** Of devices that were heard of lately: how many have a clock that is wrong, and the most by which one is. */
@@ -17,6 +20,7 @@ const intervalMs = 5_000
 export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; log: Log }): Promise<Census> {
   const { pool, maxAgeMs, log } = options
   let byStatus = new Map<string, number>()
+  let byPresence = new Map<PresenceName, number>()
   let unhealthy = 0
   let clocks = { wrong: 0, offsetMsMax: 0 }
 
@@ -25,21 +29,39 @@ export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; lo
       status: string
       devices: number
       unhealthy: number
+      online: number
+      present: number
+      active: number
       wrong_clocks: number
       offset_ms_max: number
     }>(
       `select d.status, count(*)::int as devices,
          (count(*) filter (where d.status = 'active' and (p.device_id is null or p.failing <> '[]'
            or p.measured_at < now() - make_interval(secs => $1))))::int as unhealthy,
+         (count(*) filter (where d.status = 'active' and here.device_id is not null
+           and p.measured_at > now() - make_interval(secs => $1)))::int as online,
+         (count(*) filter (where d.status = 'active' and here.device_id is not null))::int as present,
+         (count(*) filter (where d.status = 'active'))::int as active,
          (count(*) filter (where p.received_at >= now() - make_interval(secs => $1)
            and abs(p.clock_offset_ms) > $2))::int as wrong_clocks,
          coalesce(max(abs(p.clock_offset_ms)) filter (
            where p.received_at >= now() - make_interval(secs => $1)), 0)::float8 as offset_ms_max
-       from devices d left join device_postures p on p.device_id = d.id group by d.status`,
+       from devices d left join device_postures p on p.device_id = d.id
+         left join (${presentDevices}) here on here.device_id = d.id group by d.status`,
       [maxAgeMs / 1_000, clockOffsetMsTolerated],
     )
     const none = new Map(['pending', 'active', 'quarantined', 'revoked'].map(status => [status, 0]))
     byStatus = new Map([...none, ...rows.map(row => [row.status, row.devices] as const)])
+    const { online, present, active } = rows.find(row => row.status === 'active') ?? {
+      online: 0,
+      present: 0,
+      active: 0,
+    }
+    byPresence = new Map([
+      ['online', online],
+      ['stale', present - online],
+      ['offline', active - present],
+    ])
     unhealthy = rows.reduce((sum, row) => sum + row.unhealthy, 0)
     clocks = {
       wrong: rows.reduce((sum, row) => sum + row.wrong_clocks, 0),
@@ -54,6 +76,7 @@ export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; lo
   timer.unref()
   return {
     devicesByStatus: () => byStatus,
+    devicesByPresence: () => byPresence,
     unhealthyDevices: () => unhealthy,
     clocks: () => clocks,
     stop: () => clearInterval(timer),

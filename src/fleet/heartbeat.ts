@@ -42,6 +42,8 @@ export type HeartbeatDeps = {
   isLateInLife: (certificate: Identified, nowMs: number) => boolean
   clock: Clock
   random: () => number
+  /** The device has a stream here. @returns to be called when it has ended */
+  present: (deviceId: string) => () => void
   onHeartbeat: () => void
 }
 
@@ -116,6 +118,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     const ofDevice = byDevice.get(caller.id) ?? new Set()
     byDevice.set(caller.id, ofDevice.add(open))
     if (leavingMs !== undefined) askToLeave(open, leavingMs)
+    const gone = deps.present(caller.id)
     try {
       await stream.receive(async request => {
         await deps.limit(caller.id)
@@ -139,6 +142,7 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
         stream.send(await acknowledge(request, failing, open, receivedAtMs))
       }, reportsUnderWayMax)
     } finally {
+      gone()
       streams.delete(open)
       ofDevice.delete(open)
       if (ofDevice.size === 0 && byDevice.get(caller.id) === ofDevice) byDevice.delete(caller.id)

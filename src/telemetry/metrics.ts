@@ -52,6 +52,8 @@ export type Metrics = {
 /** Read at each scrape, and so at once from memory. */
 export type MetricSources = {
   devicesByStatus: () => ReadonlyMap<string, number>
+  /** Active devices that are there, or are not. */
+  devicesByPresence: () => ReadonlyMap<string, number>
   unhealthyDevices: () => number
   /** Devices whose clock is wrong, and the most by which one is. */
   clocks: () => { wrong: number; offsetMsMax: number }
@@ -241,7 +243,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 }
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
-  const { devicesByStatus, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
+  const { devicesByStatus, devicesByPresence, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
   const { connectionsSuspended, revocationsUnacknowledged } = sources
   const { pool, decisionCache, policy, feedLagSeconds, expiries } = sources
 
@@ -254,6 +256,9 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
 
   if (devicesByStatus) {
     gauge('edgemesh_devices_total', 'Devices by status', each('status', devicesByStatus))
+  }
+  if (devicesByPresence) {
+    gauge('edgemesh_devices_present', 'Active devices by presence', each('presence', devicesByPresence))
   }
   if (unhealthyDevices) {
     gauge('edgemesh_unhealthy_devices', 'Devices that are late or out of posture', result =>

@@ -54,6 +54,7 @@ export async function operator(t: ExecutionContext<unknown>) {
   const admin = adminHandlers({
     db,
     clock: () => time.now,
+    maxAgeMs: 300_000,
     tokenSecret,
     authority,
     policy: {

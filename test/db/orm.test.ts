@@ -26,6 +26,7 @@ const allMigrations = [
   '0004-lease-resume',
   '0005-audit-privileges',
   '0006-rate-limit-credit',
+  '0007-presence',
 ]
 
 test('several instances that start at once migrate an empty database exactly once', async t => {

@@ -35,6 +35,7 @@ async function serve(requests: Partial<HeartbeatRequest>[]) {
     isLateInLife: () => false,
     clock: () => now,
     random: () => 0.5,
+    present: () => () => {},
     onHeartbeat: () => {},
   })
   const call = {

@@ -24,6 +24,8 @@ import { Duration } from "../../google/protobuf/duration.ts";
 import { Struct } from "../../google/protobuf/struct.ts";
 import { Timestamp } from "../../google/protobuf/timestamp.ts";
 import {
+  DevicePresence,
+  devicePresenceToJSON,
   DeviceStatus,
   deviceStatusToJSON,
   DeviceType,
@@ -367,6 +369,10 @@ export interface Device {
     | undefined;
   /** The trust bundle that it goes by, as it last reported. */
   trustBundleId: string;
+  presence: DevicePresence;
+  /** Since when it has been there, and at which instance it is; absent while it is offline. */
+  presentSince: Date | undefined;
+  instanceId: string;
 }
 
 export interface Device_LabelsEntry {
@@ -392,6 +398,8 @@ export interface ListDevicesRequest {
   status: DeviceStatus;
   /** If set, only devices that carry all of these labels. */
   labels: { [key: string]: string };
+  /** If set, only devices that are there, or are not, as this says. */
+  presence?: DevicePresence | undefined;
 }
 
 export interface ListDevicesRequest_LabelsEntry {
@@ -2348,6 +2356,9 @@ function createBaseDevice(): Device {
     certificates: [],
     clockOffset: undefined,
     trustBundleId: "",
+    presence: 0,
+    presentSince: undefined,
+    instanceId: "",
   };
 }
 
@@ -2397,6 +2408,15 @@ export const Device: MessageFns<Device> = {
     }
     if (message.trustBundleId !== "") {
       writer.uint32(122).string(message.trustBundleId);
+    }
+    if (message.presence !== 0) {
+      writer.uint32(128).int32(message.presence);
+    }
+    if (message.presentSince !== undefined) {
+      Timestamp.encode(toTimestamp(message.presentSince), writer.uint32(138).fork()).join();
+    }
+    if (message.instanceId !== "") {
+      writer.uint32(146).string(message.instanceId);
     }
     return writer;
   },
@@ -2537,6 +2557,30 @@ export const Device: MessageFns<Device> = {
             message.trustBundleId = reader.string();
             continue;
           }
+          case 16: {
+            if (tag !== 128) {
+              break;
+            }
+
+            message.presence = reader.int32() as any;
+            continue;
+          }
+          case 17: {
+            if (tag !== 138) {
+              break;
+            }
+
+            message.presentSince = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 18: {
+            if (tag !== 146) {
+              break;
+            }
+
+            message.instanceId = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2602,6 +2646,15 @@ export const Device: MessageFns<Device> = {
     if (message.trustBundleId !== "") {
       obj.trustBundleId = message.trustBundleId;
     }
+    if (message.presence !== 0) {
+      obj.presence = devicePresenceToJSON(message.presence);
+    }
+    if (message.presentSince !== undefined) {
+      obj.presentSince = message.presentSince.toISOString();
+    }
+    if (message.instanceId !== "") {
+      obj.instanceId = message.instanceId;
+    }
     return obj;
   },
 
@@ -2637,6 +2690,9 @@ export const Device: MessageFns<Device> = {
       ? Duration.fromPartial(object.clockOffset)
       : undefined;
     message.trustBundleId = object.trustBundleId ?? "";
+    message.presence = object.presence ?? 0;
+    message.presentSince = object.presentSince ?? undefined;
+    message.instanceId = object.instanceId ?? "";
     return message;
   },
 };
@@ -2881,7 +2937,7 @@ export const Certificate: MessageFns<Certificate> = {
 };
 
 function createBaseListDevicesRequest(): ListDevicesRequest {
-  return { pageSize: 0, pageToken: "", status: 0, labels: {} };
+  return { pageSize: 0, pageToken: "", status: 0, labels: {}, presence: undefined };
 }
 
 export const ListDevicesRequest: MessageFns<ListDevicesRequest> = {
@@ -2898,6 +2954,9 @@ export const ListDevicesRequest: MessageFns<ListDevicesRequest> = {
     globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
       ListDevicesRequest_LabelsEntry.encode({ key: key as any, value }, writer.uint32(34).fork()).join();
     });
+    if (message.presence !== undefined) {
+      writer.uint32(40).int32(message.presence);
+    }
     return writer;
   },
 
@@ -2949,6 +3008,14 @@ export const ListDevicesRequest: MessageFns<ListDevicesRequest> = {
             }
             continue;
           }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.presence = reader.int32() as any;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2981,6 +3048,9 @@ export const ListDevicesRequest: MessageFns<ListDevicesRequest> = {
         });
       }
     }
+    if (message.presence !== undefined) {
+      obj.presence = devicePresenceToJSON(message.presence);
+    }
     return obj;
   },
 
@@ -3001,6 +3071,7 @@ export const ListDevicesRequest: MessageFns<ListDevicesRequest> = {
       },
       {},
     );
+    message.presence = object.presence ?? undefined;
     return message;
   },
 };

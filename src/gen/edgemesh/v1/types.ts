@@ -82,6 +82,41 @@ export function deviceStatusToJSON(object: DeviceStatus): string {
   }
 }
 
+/** Whether a device is there now. Nothing is decided by it. */
+export const DevicePresence = {
+  UNSPECIFIED: 0,
+  /** ONLINE - It holds a heartbeat stream, and its health is fresh. */
+  ONLINE: 1,
+  /** STALE - It holds a stream, but has not reported in time. */
+  STALE: 2,
+  /** OFFLINE - It holds none at any instance that is alive. */
+  OFFLINE: 3,
+} as const;
+
+export type DevicePresence = typeof DevicePresence[keyof typeof DevicePresence];
+
+export namespace DevicePresence {
+  export type UNSPECIFIED = typeof DevicePresence.UNSPECIFIED;
+  export type ONLINE = typeof DevicePresence.ONLINE;
+  export type STALE = typeof DevicePresence.STALE;
+  export type OFFLINE = typeof DevicePresence.OFFLINE;
+}
+
+export function devicePresenceToJSON(object: DevicePresence): string {
+  switch (object) {
+    case DevicePresence.UNSPECIFIED:
+      return "DEVICE_PRESENCE_UNSPECIFIED";
+    case DevicePresence.ONLINE:
+      return "DEVICE_PRESENCE_ONLINE";
+    case DevicePresence.STALE:
+      return "DEVICE_PRESENCE_STALE";
+    case DevicePresence.OFFLINE:
+      return "DEVICE_PRESENCE_OFFLINE";
+    default:
+      throw new globalThis.Error("Unrecognized enum value " + object + " for enum DevicePresence");
+  }
+}
+
 /** How a device describes itself when it enrolls. */
 export interface DeviceDescription {
   /** Lower-case letters, digits, '.', '_' and '-', 64 characters at most. Empty: the server chooses one. */
