@@ -25,6 +25,7 @@ import { createResume } from './access/resume.ts'
 import { watchRevocations } from './access/revocations.ts'
 import { createUserAssertions } from './access/user-assertion.ts'
 import { adminHandlers, adminStreams } from './admin/admin-service.ts'
+import { keepLifecycle } from './admin/lifecycle.ts'
 import { permissionDemand } from './admin/permission.ts'
 import { auditEntities } from './audit/entities.ts'
 import { createFollower } from './audit/follower.ts'
@@ -450,6 +451,10 @@ async function compose(
     const leftMs = Math.max(lastCallsMs, drainEndsAt - performance.now())
     return openedPort.close(Math.min(settings.drainMs, leftMs))
   })
+
+  const { ownEvents } = journal
+  const lifecycle = keepLifecycle({ db, clock, instanceId, trustDomain, ownEvents, log })
+  stops.push(lifecycle.stop)
 
   // Telemetry
   metrics.observe({

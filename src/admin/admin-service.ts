@@ -17,6 +17,7 @@ import { connectionHandlers } from './connections.ts'
 import { decisionHandlers } from './decisions.ts'
 import { deviceHandlers } from './devices.ts'
 import { grantHandlers } from './grants.ts'
+import { lifecycleHandlers } from './lifecycle.ts'
 import { operatorHandlers } from './operators.ts'
 import { policyDataHandlers } from './policy-data.ts'
 import { serviceHandlers } from './services.ts'
@@ -56,6 +57,7 @@ export function adminHandlers(deps: AdminDeps) {
     ...userHandlers(deps),
     ...serviceHandlers(deps),
     ...grantHandlers(deps),
+    ...lifecycleHandlers(deps),
     ...connectionHandlers(deps),
     ...decisionHandlers(deps),
     ...auditEventHandlers(deps),

@@ -104,6 +104,16 @@ const idRequest = z.object({ id })
 const reasonRequest = z.object({ id, reason })
 
 export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: Clock; maxAgeMs: number }) {
+  const steps = deviceSteps({ db, clock })
+
+  /** @returns the device, if it is still there */
+  async function take(step: Step, id: string, reason: string, call: Call): Promise<DeviceMessage | undefined> {
+    await steps.take(step, id, reason, call)
+    const em = db.em()
+    const device = await em.findOne(Device, id)
+    return device ? deviceMessage(em, device, maxAgeMs) : undefined
+  }
+
   return {
     async listDevices(request: ListDevicesRequest, call: Call): Promise<ListDevicesResponse> {
       const { pageSize, pageToken: after, status, labels, presence } = check(listRequest, request)
@@ -158,14 +168,26 @@ export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: C
       return {}
     },
   }
+}
 
-  /** Takes the device one step through its life and tells every instance. @returns it, if it is still there */
-  function take(step: Step, id: string, reason: string, call: Call): Promise<DeviceMessage | undefined> {
+export type DeviceSteps = {
+  /**
+   * Takes the device one step through its life and tells every instance.
+   *
+   * @param demand throws where it is not to be taken after all; by then nobody else moves the device
+   * @throws Fault NOT_FOUND, or FAILED_PRECONDITION when no step leads there from where it is
+   */
+  take(step: Step, id: string, reason: string, call: Call, demand?: (em: EntityManager) => Promise<void>): Promise<void>
+}
+
+export function deviceSteps({ db, clock }: { db: Database; clock: Clock }): DeviceSteps {
+  const take: DeviceSteps['take'] = (step, id, reason, call, demand) => {
     call.audit.target = `device/${id}`
     return change(db, call, async em => {
       // Step 1. Nobody else moves the device until this transaction has ended.
       const device = await em.findOne(Device, id, { lockMode: LockMode.PESSIMISTIC_WRITE })
       if (!device) throw deviceNotFound(id)
+      await demand?.(em)
 
       // Step 2. Move it, if the table has a way from here.
       const before = device.status
@@ -197,9 +219,10 @@ export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: C
       const keys = [`device:${id}`]
       // The revocation list is signed anew when certificates are revoked, not with every change of a device.
       if (revocationReason) keys.push('crl:revoked')
-      return { answer: after === 'deleted' ? undefined : await deviceMessage(em, device, maxAgeMs), keys }
+      return { answer: undefined, keys }
     })
   }
+  return { take }
 }
 
 async function deviceMessage(em: EntityManager, device: Device, maxAgeMs: number): Promise<DeviceMessage> {

@@ -10,6 +10,7 @@ import { decisionCommand } from './decision.ts'
 import { devCommand } from './dev.ts'
 import { deviceCommand } from './device.ts'
 import { grantCommand } from './grant.ts'
+import { lifecycleCommand } from './lifecycle.ts'
 import { migrateCommand } from './migrate.ts'
 import { operatorCommand } from './operator.ts'
 import { policyCommand } from './policy.ts'
@@ -45,6 +46,7 @@ Examples:
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
   program.addCommand(grantCommand())
+  program.addCommand(lifecycleCommand())
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
   for (const command of [decisionCommand(), policyCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')

@@ -16,6 +16,7 @@ import { LeaseResume } from './migrations/0004-lease-resume.ts'
 import { AuditPrivileges } from './migrations/0005-audit-privileges.ts'
 import { RateLimitCredit } from './migrations/0006-rate-limit-credit.ts'
 import { Presence } from './migrations/0007-presence.ts'
+import { LifecycleRules } from './migrations/0008-lifecycle-rules.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -49,6 +50,7 @@ const migrationsList = [
   { name: '0005-audit-privileges', class: AuditPrivileges },
   { name: '0006-rate-limit-credit', class: RateLimitCredit },
   { name: '0007-presence', class: Presence },
+  { name: '0008-lifecycle-rules', class: LifecycleRules },
 ]
 
 const connectTimeoutMs = 3_000

@@ -62,4 +62,18 @@ export const HealthReport = defineEntity({
 })
 export type HealthReport = InferEntity<typeof HealthReport>
 
-export const fleetEntities = [Device, DevicePosture, HealthReport]
+/** What becomes of devices with these labels that have not been seen for so many days. */
+export const LifecycleRule = defineEntity({
+  name: 'LifecycleRule',
+  tableName: 'lifecycle_rules',
+  properties: {
+    id: p.text().primary(),
+    labels: p.json<Record<string, string>>(),
+    action: p.text().$type<'quarantine' | 'delete'>(),
+    unseenDays: p.integer(),
+    createdAt: p.datetime(),
+  },
+})
+export type LifecycleRule = InferEntity<typeof LifecycleRule>
+
+export const fleetEntities = [Device, DevicePosture, HealthReport, LifecycleRule]

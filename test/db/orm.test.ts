@@ -27,6 +27,7 @@ const allMigrations = [
   '0005-audit-privileges',
   '0006-rate-limit-credit',
   '0007-presence',
+  '0008-lifecycle-rules',
 ]
 
 test('several instances that start at once migrate an empty database exactly once', async t => {

@@ -91,6 +91,35 @@ export function userStatusToJSON(object: UserStatus): string {
   }
 }
 
+export const LifecycleAction = {
+  UNSPECIFIED: 0,
+  /** QUARANTINE - As QuarantineDevice. */
+  QUARANTINE: 1,
+  /** DELETE - As DeleteDevice. */
+  DELETE: 2,
+} as const;
+
+export type LifecycleAction = typeof LifecycleAction[keyof typeof LifecycleAction];
+
+export namespace LifecycleAction {
+  export type UNSPECIFIED = typeof LifecycleAction.UNSPECIFIED;
+  export type QUARANTINE = typeof LifecycleAction.QUARANTINE;
+  export type DELETE = typeof LifecycleAction.DELETE;
+}
+
+export function lifecycleActionToJSON(object: LifecycleAction): string {
+  switch (object) {
+    case LifecycleAction.UNSPECIFIED:
+      return "LIFECYCLE_ACTION_UNSPECIFIED";
+    case LifecycleAction.QUARANTINE:
+      return "LIFECYCLE_ACTION_QUARANTINE";
+    case LifecycleAction.DELETE:
+      return "LIFECYCLE_ACTION_DELETE";
+    default:
+      throw new globalThis.Error("Unrecognized enum value " + object + " for enum LifecycleAction");
+  }
+}
+
 export const ServiceStatus = { UNSPECIFIED: 0, ACTIVE: 1, DISABLED: 2 } as const;
 
 export type ServiceStatus = typeof ServiceStatus[keyof typeof ServiceStatus];
@@ -470,6 +499,47 @@ export interface User {
   role: string;
   status: UserStatus;
   createdAt: Date | undefined;
+}
+
+export interface LifecycleRule {
+  id: string;
+  /** Devices that carry all of these; none: every device. */
+  labels: { [key: string]: string };
+  action: LifecycleAction;
+  /** Days without a report and without a stream. 1 to 3650. */
+  unseenDays: number;
+  /** Set by the server. */
+  createdAt: Date | undefined;
+}
+
+export interface LifecycleRule_LabelsEntry {
+  key: string;
+  value: string;
+}
+
+export interface SetLifecycleRuleRequest {
+  rule: LifecycleRule | undefined;
+}
+
+export interface SetLifecycleRuleResponse {
+  rule: LifecycleRule | undefined;
+}
+
+export interface ListLifecycleRulesRequest {
+  pageSize: number;
+  pageToken: string;
+}
+
+export interface ListLifecycleRulesResponse {
+  rules: LifecycleRule[];
+  nextPageToken: string;
+}
+
+export interface DeleteLifecycleRuleRequest {
+  id: string;
+}
+
+export interface DeleteLifecycleRuleResponse {
 }
 
 export interface CreateUserRequest {
@@ -4149,6 +4219,621 @@ export const User: MessageFns<User> = {
     message.role = object.role ?? "";
     message.status = object.status ?? 0;
     message.createdAt = object.createdAt ?? undefined;
+    return message;
+  },
+};
+
+function createBaseLifecycleRule(): LifecycleRule {
+  return { id: "", labels: {}, action: 0, unseenDays: 0, createdAt: undefined };
+}
+
+export const LifecycleRule: MessageFns<LifecycleRule> = {
+  encode(message: LifecycleRule, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.id !== "") {
+      writer.uint32(10).string(message.id);
+    }
+    globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
+      LifecycleRule_LabelsEntry.encode({ key: key as any, value }, writer.uint32(18).fork()).join();
+    });
+    if (message.action !== 0) {
+      writer.uint32(24).int32(message.action);
+    }
+    if (message.unseenDays !== 0) {
+      writer.uint32(32).int32(message.unseenDays);
+    }
+    if (message.createdAt !== undefined) {
+      Timestamp.encode(toTimestamp(message.createdAt), writer.uint32(42).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): LifecycleRule {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseLifecycleRule();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            const entry2 = LifecycleRule_LabelsEntry.decode(reader, reader.uint32());
+            if (entry2.value !== undefined) {
+              message.labels[entry2.key] = entry2.value;
+            }
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.action = reader.int32() as any;
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.unseenDays = reader.int32();
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.createdAt = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: LifecycleRule): unknown {
+    const obj: any = {};
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
+    if (message.labels) {
+      const entries = globalThis.Object.entries(message.labels) as [string, string][];
+      if (entries.length > 0) {
+        obj.labels = {};
+        entries.forEach(([k, v]) => {
+          obj.labels[k] = v;
+        });
+      }
+    }
+    if (message.action !== 0) {
+      obj.action = lifecycleActionToJSON(message.action);
+    }
+    if (message.unseenDays !== 0) {
+      obj.unseenDays = Math.round(message.unseenDays);
+    }
+    if (message.createdAt !== undefined) {
+      obj.createdAt = message.createdAt.toISOString();
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<LifecycleRule>, I>>(base?: I): LifecycleRule {
+    return LifecycleRule.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<LifecycleRule>, I>>(object: I): LifecycleRule {
+    const message = createBaseLifecycleRule();
+    message.id = object.id ?? "";
+    message.labels = (globalThis.Object.entries(object.labels ?? {}) as [string, string][]).reduce(
+      (acc: { [key: string]: string }, [key, value]: [string, string]) => {
+        if (value !== undefined) {
+          acc[key] = globalThis.String(value);
+        }
+        return acc;
+      },
+      {},
+    );
+    message.action = object.action ?? 0;
+    message.unseenDays = object.unseenDays ?? 0;
+    message.createdAt = object.createdAt ?? undefined;
+    return message;
+  },
+};
+
+function createBaseLifecycleRule_LabelsEntry(): LifecycleRule_LabelsEntry {
+  return { key: "", value: "" };
+}
+
+export const LifecycleRule_LabelsEntry: MessageFns<LifecycleRule_LabelsEntry> = {
+  encode(message: LifecycleRule_LabelsEntry, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.key !== "") {
+      writer.uint32(10).string(message.key);
+    }
+    if (message.value !== "") {
+      writer.uint32(18).string(message.value);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): LifecycleRule_LabelsEntry {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseLifecycleRule_LabelsEntry();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.key = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.value = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: LifecycleRule_LabelsEntry): unknown {
+    const obj: any = {};
+    if (message.key !== "") {
+      obj.key = message.key;
+    }
+    if (message.value !== "") {
+      obj.value = message.value;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<LifecycleRule_LabelsEntry>, I>>(base?: I): LifecycleRule_LabelsEntry {
+    return LifecycleRule_LabelsEntry.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<LifecycleRule_LabelsEntry>, I>>(object: I): LifecycleRule_LabelsEntry {
+    const message = createBaseLifecycleRule_LabelsEntry();
+    message.key = object.key ?? "";
+    message.value = object.value ?? "";
+    return message;
+  },
+};
+
+function createBaseSetLifecycleRuleRequest(): SetLifecycleRuleRequest {
+  return { rule: undefined };
+}
+
+export const SetLifecycleRuleRequest: MessageFns<SetLifecycleRuleRequest> = {
+  encode(message: SetLifecycleRuleRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.rule !== undefined) {
+      LifecycleRule.encode(message.rule, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): SetLifecycleRuleRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseSetLifecycleRuleRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.rule = LifecycleRule.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: SetLifecycleRuleRequest): unknown {
+    const obj: any = {};
+    if (message.rule !== undefined) {
+      obj.rule = LifecycleRule.toJSON(message.rule);
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<SetLifecycleRuleRequest>, I>>(base?: I): SetLifecycleRuleRequest {
+    return SetLifecycleRuleRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<SetLifecycleRuleRequest>, I>>(object: I): SetLifecycleRuleRequest {
+    const message = createBaseSetLifecycleRuleRequest();
+    message.rule = (object.rule !== undefined && object.rule !== null)
+      ? LifecycleRule.fromPartial(object.rule)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseSetLifecycleRuleResponse(): SetLifecycleRuleResponse {
+  return { rule: undefined };
+}
+
+export const SetLifecycleRuleResponse: MessageFns<SetLifecycleRuleResponse> = {
+  encode(message: SetLifecycleRuleResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.rule !== undefined) {
+      LifecycleRule.encode(message.rule, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): SetLifecycleRuleResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseSetLifecycleRuleResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.rule = LifecycleRule.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: SetLifecycleRuleResponse): unknown {
+    const obj: any = {};
+    if (message.rule !== undefined) {
+      obj.rule = LifecycleRule.toJSON(message.rule);
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<SetLifecycleRuleResponse>, I>>(base?: I): SetLifecycleRuleResponse {
+    return SetLifecycleRuleResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<SetLifecycleRuleResponse>, I>>(object: I): SetLifecycleRuleResponse {
+    const message = createBaseSetLifecycleRuleResponse();
+    message.rule = (object.rule !== undefined && object.rule !== null)
+      ? LifecycleRule.fromPartial(object.rule)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseListLifecycleRulesRequest(): ListLifecycleRulesRequest {
+  return { pageSize: 0, pageToken: "" };
+}
+
+export const ListLifecycleRulesRequest: MessageFns<ListLifecycleRulesRequest> = {
+  encode(message: ListLifecycleRulesRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.pageSize !== 0) {
+      writer.uint32(8).int32(message.pageSize);
+    }
+    if (message.pageToken !== "") {
+      writer.uint32(18).string(message.pageToken);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ListLifecycleRulesRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseListLifecycleRulesRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.pageSize = reader.int32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.pageToken = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ListLifecycleRulesRequest): unknown {
+    const obj: any = {};
+    if (message.pageSize !== 0) {
+      obj.pageSize = Math.round(message.pageSize);
+    }
+    if (message.pageToken !== "") {
+      obj.pageToken = message.pageToken;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ListLifecycleRulesRequest>, I>>(base?: I): ListLifecycleRulesRequest {
+    return ListLifecycleRulesRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ListLifecycleRulesRequest>, I>>(object: I): ListLifecycleRulesRequest {
+    const message = createBaseListLifecycleRulesRequest();
+    message.pageSize = object.pageSize ?? 0;
+    message.pageToken = object.pageToken ?? "";
+    return message;
+  },
+};
+
+function createBaseListLifecycleRulesResponse(): ListLifecycleRulesResponse {
+  return { rules: [], nextPageToken: "" };
+}
+
+export const ListLifecycleRulesResponse: MessageFns<ListLifecycleRulesResponse> = {
+  encode(message: ListLifecycleRulesResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.rules) {
+      LifecycleRule.encode(v!, writer.uint32(10).fork()).join();
+    }
+    if (message.nextPageToken !== "") {
+      writer.uint32(18).string(message.nextPageToken);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ListLifecycleRulesResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseListLifecycleRulesResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.rules.push(LifecycleRule.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.nextPageToken = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: ListLifecycleRulesResponse): unknown {
+    const obj: any = {};
+    if (message.rules?.length) {
+      obj.rules = message.rules.map((e) => LifecycleRule.toJSON(e));
+    }
+    if (message.nextPageToken !== "") {
+      obj.nextPageToken = message.nextPageToken;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<ListLifecycleRulesResponse>, I>>(base?: I): ListLifecycleRulesResponse {
+    return ListLifecycleRulesResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<ListLifecycleRulesResponse>, I>>(object: I): ListLifecycleRulesResponse {
+    const message = createBaseListLifecycleRulesResponse();
+    message.rules = object.rules?.map((e) => LifecycleRule.fromPartial(e)) || [];
+    message.nextPageToken = object.nextPageToken ?? "";
+    return message;
+  },
+};
+
+function createBaseDeleteLifecycleRuleRequest(): DeleteLifecycleRuleRequest {
+  return { id: "" };
+}
+
+export const DeleteLifecycleRuleRequest: MessageFns<DeleteLifecycleRuleRequest> = {
+  encode(message: DeleteLifecycleRuleRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.id !== "") {
+      writer.uint32(10).string(message.id);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): DeleteLifecycleRuleRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseDeleteLifecycleRuleRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(message: DeleteLifecycleRuleRequest): unknown {
+    const obj: any = {};
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<DeleteLifecycleRuleRequest>, I>>(base?: I): DeleteLifecycleRuleRequest {
+    return DeleteLifecycleRuleRequest.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<DeleteLifecycleRuleRequest>, I>>(object: I): DeleteLifecycleRuleRequest {
+    const message = createBaseDeleteLifecycleRuleRequest();
+    message.id = object.id ?? "";
+    return message;
+  },
+};
+
+function createBaseDeleteLifecycleRuleResponse(): DeleteLifecycleRuleResponse {
+  return {};
+}
+
+export const DeleteLifecycleRuleResponse: MessageFns<DeleteLifecycleRuleResponse> = {
+  encode(_: DeleteLifecycleRuleResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): DeleteLifecycleRuleResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseDeleteLifecycleRuleResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  toJSON(_: DeleteLifecycleRuleResponse): unknown {
+    const obj: any = {};
+    return obj;
+  },
+
+  create<I extends Exact<DeepPartial<DeleteLifecycleRuleResponse>, I>>(base?: I): DeleteLifecycleRuleResponse {
+    return DeleteLifecycleRuleResponse.fromPartial(base ?? ({} as any));
+  },
+  fromPartial<I extends Exact<DeepPartial<DeleteLifecycleRuleResponse>, I>>(_: I): DeleteLifecycleRuleResponse {
+    const message = createBaseDeleteLifecycleRuleResponse();
     return message;
   },
 };
@@ -10865,6 +11550,40 @@ export const AdminServiceService = {
       Buffer.from(DeleteDeviceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteDeviceResponse => DeleteDeviceResponse.decode(value),
   },
+  /** What becomes of devices that have not been seen for long. Replaces the rule of the same id. */
+  setLifecycleRule: {
+    path: "/edgemesh.v1.AdminService/SetLifecycleRule" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: SetLifecycleRuleRequest): Buffer =>
+      Buffer.from(SetLifecycleRuleRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): SetLifecycleRuleRequest => SetLifecycleRuleRequest.decode(value),
+    responseSerialize: (value: SetLifecycleRuleResponse): Buffer =>
+      Buffer.from(SetLifecycleRuleResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): SetLifecycleRuleResponse => SetLifecycleRuleResponse.decode(value),
+  },
+  listLifecycleRules: {
+    path: "/edgemesh.v1.AdminService/ListLifecycleRules" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListLifecycleRulesRequest): Buffer =>
+      Buffer.from(ListLifecycleRulesRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListLifecycleRulesRequest => ListLifecycleRulesRequest.decode(value),
+    responseSerialize: (value: ListLifecycleRulesResponse): Buffer =>
+      Buffer.from(ListLifecycleRulesResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListLifecycleRulesResponse => ListLifecycleRulesResponse.decode(value),
+  },
+  deleteLifecycleRule: {
+    path: "/edgemesh.v1.AdminService/DeleteLifecycleRule" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteLifecycleRuleRequest): Buffer =>
+      Buffer.from(DeleteLifecycleRuleRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteLifecycleRuleRequest => DeleteLifecycleRuleRequest.decode(value),
+    responseSerialize: (value: DeleteLifecycleRuleResponse): Buffer =>
+      Buffer.from(DeleteLifecycleRuleResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteLifecycleRuleResponse => DeleteLifecycleRuleResponse.decode(value),
+  },
   createUser: {
     path: "/edgemesh.v1.AdminService/CreateUser" as const,
     requestStream: false as const,
@@ -11171,6 +11890,10 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
    * stays in the audit log.
    */
   deleteDevice: handleUnaryCall<DeleteDeviceRequest, DeleteDeviceResponse>;
+  /** What becomes of devices that have not been seen for long. Replaces the rule of the same id. */
+  setLifecycleRule: handleUnaryCall<SetLifecycleRuleRequest, SetLifecycleRuleResponse>;
+  listLifecycleRules: handleUnaryCall<ListLifecycleRulesRequest, ListLifecycleRulesResponse>;
+  deleteLifecycleRule: handleUnaryCall<DeleteLifecycleRuleRequest, DeleteLifecycleRuleResponse>;
   createUser: handleUnaryCall<CreateUserRequest, CreateUserResponse>;
   listUsers: handleUnaryCall<ListUsersRequest, ListUsersResponse>;
   getUser: handleUnaryCall<GetUserRequest, GetUserResponse>;
@@ -11391,6 +12114,52 @@ export interface AdminServiceClient extends Client {
     metadata: Metadata,
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteDeviceResponse) => void,
+  ): ClientUnaryCall;
+  /** What becomes of devices that have not been seen for long. Replaces the rule of the same id. */
+  setLifecycleRule(
+    request: SetLifecycleRuleRequest,
+    callback: (error: ServiceError | null, response: SetLifecycleRuleResponse) => void,
+  ): ClientUnaryCall;
+  setLifecycleRule(
+    request: SetLifecycleRuleRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: SetLifecycleRuleResponse) => void,
+  ): ClientUnaryCall;
+  setLifecycleRule(
+    request: SetLifecycleRuleRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: SetLifecycleRuleResponse) => void,
+  ): ClientUnaryCall;
+  listLifecycleRules(
+    request: ListLifecycleRulesRequest,
+    callback: (error: ServiceError | null, response: ListLifecycleRulesResponse) => void,
+  ): ClientUnaryCall;
+  listLifecycleRules(
+    request: ListLifecycleRulesRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListLifecycleRulesResponse) => void,
+  ): ClientUnaryCall;
+  listLifecycleRules(
+    request: ListLifecycleRulesRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListLifecycleRulesResponse) => void,
+  ): ClientUnaryCall;
+  deleteLifecycleRule(
+    request: DeleteLifecycleRuleRequest,
+    callback: (error: ServiceError | null, response: DeleteLifecycleRuleResponse) => void,
+  ): ClientUnaryCall;
+  deleteLifecycleRule(
+    request: DeleteLifecycleRuleRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteLifecycleRuleResponse) => void,
+  ): ClientUnaryCall;
+  deleteLifecycleRule(
+    request: DeleteLifecycleRuleRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteLifecycleRuleResponse) => void,
   ): ClientUnaryCall;
   createUser(
     request: CreateUserRequest,
