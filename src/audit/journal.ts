@@ -340,7 +340,7 @@ export const auditEventsTable: JournalTable = {
 export type CallOutcome = { code: string; reason?: string }
 
 /** The audit event of a call, for `Journal.append`. */
-export function callEntry(call: Call, outcome: CallOutcome): JournalEntry {
+export function callEntry(call: Omit<Call, 'signal'>, outcome: CallOutcome): JournalEntry {
   const { audit } = call
   return {
     table: auditEventsTable,

@@ -23,7 +23,14 @@ const windowMs = 60_000
 /** Networks and methods, at about 1 kB each. The refusals of those beyond are on record each for itself. */
 const countedMax = 10_000
 
-type Counted = { last: Call; outcome: CallOutcome; refused: number }
+type Counted = { last: Recorded; outcome: CallOutcome; refused: number }
+
+/** What goes on record of a call. The call itself holds its request and its stream, of a size that the caller chooses. */
+type Recorded = Omit<Call, 'signal'>
+
+function recordedOf({ caller, address, method, startedAt, instanceId, audit }: Call): Recorded {
+  return { caller, address, method, startedAt, instanceId, audit }
+}
 
 export function countRefusals(options: { journal: Journal; clock: Clock }): Refusals {
   const { journal, clock } = options
@@ -47,10 +54,10 @@ export function countRefusals(options: { journal: Journal; clock: Clock }): Refu
       const before = counted.get(key)
       if (before) {
         before.refused++
-        before.last = call
+        before.last = recordedOf(call)
         return
       }
-      const first = { last: call, outcome, refused: 0 }
+      const first = { last: recordedOf(call), outcome, refused: 0 }
       if (counted.size < countedMax) counted.set(key, first)
       try {
         await journal.append([callEntry(call, outcome)])
