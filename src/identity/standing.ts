@@ -113,11 +113,12 @@ export function createStanding(options: {
     demand(caller) {
       const { kind, id, serial } = caller
       if (!feed.isLive()) return demandOnRecord(caller)
+      // Before anything is looked up: nobody would wait for that, and hear that it failed.
+      demandIssuer(caller)
       const kept = holders[kind]?.get(id)
       if (!kept || kept instanceof Promise) return demandOnRecord(caller)
       const certificate = kept.value.certificates.get(serial)
       if (!certificate) return demandOnRecord(caller)
-      demandIssuer(caller)
       demandUnrevoked(caller, kept.value.device, certificate)
       return undefined
     },
