@@ -169,17 +169,21 @@ function inOrder(value: unknown): unknown {
   }
   const before = value as Record<string, unknown>
   let last = ''
+  let isInOrder = true
+  /** What is not as it was, by its key. Each value is looked at once: twice a level would be without end a few dozen deep. */
+  let made: Map<string, unknown> | undefined
   for (const key in before) {
-    // One key out of order, or something within: all of it is made anew.
-    if (key < last || inOrder(before[key]) !== before[key]) return sortedCopy(before)
+    if (key < last) isInOrder = false
     last = key
+    const item = inOrder(before[key])
+    if (item === before[key]) continue
+    made ??= new Map()
+    made.set(key, item)
   }
-  return value
-}
-
-function sortedCopy(value: Record<string, unknown>): Record<string, unknown> {
-  const keys = Object.keys(value).sort()
-  return Object.fromEntries(keys.map(key => [key, inOrder(value[key])]))
+  if (isInOrder && !made) return value
+  // One key out of order, or something within: all of it is made anew.
+  const keys = Object.keys(before).sort()
+  return Object.fromEntries(keys.map(key => [key, made?.has(key) ? made.get(key) : before[key]]))
 }
 
 /** Whether a seal is to be written for its own sake. */

@@ -281,6 +281,12 @@ test('whatever JSON an event carries, it is the same row when it is read back', 
   t.is(verification.rows, details.length)
 })
 
+test('an event that somebody has made forty levels deep does not keep the verification busy for ever', t => {
+  let deep: unknown = { b: 1, a: 2 }
+  for (let level = 0; level < 40; level++) deep = { of: [deep] }
+  t.is(canonicalJson(deep), `${'{"of":['.repeat(40)}{"a":2,"b":1}${']}'.repeat(40)}`)
+})
+
 test('rows that one commit wrote twice, because its first answer was lost, are no finding', async t => {
   const { pool } = await testDatabase(t)
   const entry = eventAt(new Date())
