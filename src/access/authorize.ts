@@ -23,7 +23,7 @@ import type {
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { connectionEntry } from './connection-records.ts'
-import { type AccessQuestion, type Decider, type Decision, keepsOnRecord, type Verdict } from './decide.ts'
+import { type AccessQuestion, type Decider, type Decision, keepsOnRecord, recordText, type Verdict } from './decide.ts'
 import type { Facts } from './facts.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -618,14 +618,14 @@ function decisionRow(
     by.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${decided.map(({ verdict: { onRecord } }) => onRecord.again ?? onRecord.first).join(',')}]`,
+    `[${decided.map(({ question, verdict }) => recordText(verdict, question)).join(',')}]`,
   ]
   return {
     id,
     entry: { table: decisionsTable, row },
     committed() {
       decided.forEach(({ question, verdict }, place) => {
-        if (verdict.onRecord.again === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
+        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
       })
     },
   }

@@ -32,8 +32,9 @@ export type Verdict = {
 /**
  * The question and the answer as an audited decision has them, as `canonicalJson`: made once, however often the verdict is
  * used. `again` is the same once its input is on record: with the place of that instead of the input, which is most of it.
+ * Both are of the verdict as policy gave it; one that ends sooner, with its user's assertion, shares the place alone.
  */
-type OnRecord = { first: string; again?: string }
+type OnRecord = { expiresAtMs: number; first: string; again?: string; place?: { inputOf: string; inputAt: Date } }
 
 export type Decision = { verdict: Verdict; ground: Ground }
 
@@ -84,7 +85,8 @@ export function createDecider(options: {
     // It has taken so long to decide that the answer is over.
     if (allow && clock() >= expiresAtMs && clock() > now) throw tooSlow()
     const answer = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs }
-    const verdict = { ...answer, input, onRecord: { first: canonicalJson({ ...recordOf(question, answer), input }) } }
+    const first = canonicalJson({ ...recordOf(question, answer), input })
+    const verdict = { ...answer, input, onRecord: { expiresAtMs, first } }
     // Decided by a policy that has been replaced meanwhile, it is an answer to who asked then, and to nobody else.
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
@@ -129,7 +131,18 @@ export function createDecider(options: {
 
 /** The input of a verdict is on record: with the decision of this id, dated `at`. Later uses of it refer to that. */
 export function keepsOnRecord(verdict: Verdict, question: AccessQuestion, id: string, at: Date): void {
-  verdict.onRecord.again ??= canonicalJson({ ...recordOf(question, verdict), inputOf: id, inputAt: at })
+  const { onRecord } = verdict
+  if (onRecord.place) return
+  onRecord.place = { inputOf: id, inputAt: at }
+  const asPolicyGaveIt = { ...verdict, expiresAtMs: onRecord.expiresAtMs }
+  onRecord.again = canonicalJson({ ...recordOf(question, asPolicyGaveIt), ...onRecord.place })
+}
+
+/** What a decision that is answered by the verdict puts on record, as JSON. */
+export function recordText(verdict: Verdict, question: AccessQuestion): string {
+  const { onRecord, expiresAtMs, input } = verdict
+  if (expiresAtMs === onRecord.expiresAtMs) return onRecord.again ?? onRecord.first
+  return canonicalJson({ ...recordOf(question, verdict), ...(onRecord.place ?? { input }) })
 }
 
 function recordOf({ user, service, action }: AccessQuestion, answer: Omit<Verdict, 'input' | 'onRecord'>) {

@@ -86,11 +86,19 @@ test('where assertions are required, a device is answered about the user whom on
 })
 
 test('an answer is good until the assertion expires at most, and one that is over does not spoil the next', async t => {
-  const { check } = await start(t)
+  const { mesh, check } = await start(t)
   const exp = Math.floor(Date.now() / 1_000) + 20
-  t.is((await check('', await assertionBy(key, { exp }))).expiresAt?.getTime(), exp * 1_000)
+  const first = await check('', await assertionBy(key, { exp }))
+  t.is(first.expiresAt?.getTime(), exp * 1_000)
   const later = await check('', await assertionBy(key))
   t.true(Number(later.expiresAt) > exp * 1_000)
+
+  const third = await check('', await assertionBy(key, { exp: exp + 5 }))
+  for (const { decisionId, expiresAt } of [first, later, third]) {
+    const { decision } = await unary(mesh.admin, 'getDecision', { id: decisionId, explain: false })
+    t.deepEqual(decision?.expiresAt, expiresAt, 'what is on record is what was answered')
+    t.truthy(decision?.input)
+  }
 })
 
 test('a connection ends with the assertion of its user, unless it is renewed with a fresh one before', async t => {
