@@ -204,7 +204,9 @@ export function createAuthorize(deps: ContinuousDeps) {
       decided.forEach(({ lease }, at) => {
         if (!lease) return
         lease.decisionId = `${decision.id}.${at}`
-        entries.push(connectionEntry(lease, deps.instanceId, deps.clock(), []))
+        // Where it was taken back meanwhile, that record and this one may be of one batch, of which the last counts.
+        const { reasons = [] } = revocations.get(lease.id) ?? {}
+        entries.push(connectionEntry(lease, deps.instanceId, deps.clock(), reasons))
       })
       try {
         await deps.journal.append(entries)

@@ -192,8 +192,12 @@ export function createLeases(options: LeasesOptions): Leases {
       if (!isWatched(lease) || lease.turn !== turn) return
       if (verdict.allow) {
         lease.expiresAtMs = Math.min(verdict.expiresAtMs, lease.assertedUntilMs)
-        // The user may have another role by now, whose grants count from here on.
-        lease.role = ground.user.value?.role ?? ''
+        const { id: userId = '', role = '' } = ground.user.value ?? {}
+        if (userId === lease.userId && role === lease.role) return
+        // From here on changes of these concern it. One that came while this was decided did not, so it is decided once more.
+        lease.userId = userId
+        lease.role = role
+        enqueue([lease], sinceMs)
         return
       }
       const { entry, decisionId } = options.decisionOf(lease, verdict)
