@@ -58,7 +58,9 @@ const comeBackMs = 10_000
 
 type Found = { seal: NextSeal; records: AuditRecord[] }
 
-const sizeOf = ({ records }: Found) => records.length + 1
+/** A row of decisions is as large as it has questions. */
+const sizeOf = ({ records }: Found) =>
+  records.reduce((size, { table, row }) => size + (table === 'decisions' ? row.questions.length : 1), 1)
 
 type Live = { tables: ReadonlySet<AuditTable>; queue: Found[]; queued: number; overrun: boolean; wake: () => void }
 

@@ -11,8 +11,8 @@ const log = createLog({ level: 'silent' })
 const sealKey = sealKeyFrom('a secret of tests that is long enough')
 const writer = { log, sealKey, instanceId: 'instance', clock: systemClock }
 
-function event(target: string): JournalEntry {
-  const row = [new Date(), randomUUIDv7(), 'tester', '/test', target, '127.0.0.1', 'OK', '', '{}', 'instance']
+function event(target: string, detail = '{}'): JournalEntry {
+  const row = [new Date(), randomUUIDv7(), 'tester', '/test', target, '127.0.0.1', 'OK', '', detail, 'instance']
   return { table: auditEventsTable, row }
 }
 
@@ -33,6 +33,19 @@ test('a crowd of appends shares few commits, and each is on record when it is to
     500,
   )
   t.true(commits.length < 50, `${commits.length} commits`)
+})
+
+test('large entries share a commit only up to a bound', async t => {
+  const { pool } = await testDatabase(t)
+  const commits: number[] = []
+  const journal = startJournal({ ...writer, pool, onCommit: rows => commits.push(rows) })
+  const large = JSON.stringify({ x: 'x'.repeat(1_024 * 1_024) })
+  await Promise.all(Array.from({ length: 20 }, () => journal.append([event('target', large)])))
+  t.is(
+    commits.reduce((sum, rows) => sum + rows, 0),
+    20,
+  )
+  t.true(Math.max(...commits) <= 9, `commits of ${commits} megabytes`)
 })
 
 test('appends of one writer, each made the moment that the one before is on record, need nobody else to move on', async t => {
