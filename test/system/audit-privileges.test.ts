@@ -6,9 +6,12 @@ import { sealKeyFrom } from '../../src/audit/seals.ts'
 import { verifyAudit } from '../../src/audit/verify.ts'
 import { openDatabase } from '../../src/db/orm.ts'
 import { applyRetention } from '../../src/db/retention.ts'
+import type { ExportAuditRecordsResponse } from '../../src/gen/edgemesh/v1/admin.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
 import {
+  type Credentials,
+  clientsOf,
   type EdgeMesh,
   eventually,
   healthy,
@@ -18,6 +21,7 @@ import {
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { link } from '../support/relay.ts'
 import { type TwoRoles, twoRoles } from '../support/service-role.ts'
 
 const log = createLog({ level: 'silent' })
@@ -51,8 +55,20 @@ test('servers do all that they do as a role that owns nothing, and say nothing o
   await heartbeats(t, mesh, device).beat(healthy)
   t.true((await unary(mesh.clients(device).authorize, 'check', question)).answer?.allowed)
 
-  // What one instance is told, the other acts on: a lease is taken back.
+  // A connection whose stream is lost goes on at the other instance.
+  const { port, cut } = await link(t, mesh.server.apiPort)
+  const lost = authorizations(t, { clients: (who: Credentials) => clientsOf(t, `127.0.0.1:${port}`, who) }, device)
+  const { connectionId } = await lost.ask('ada', 'payroll')
+  cut()
   const access = authorizations(t, other, device)
+  t.like((await access.resume([connectionId]))[0], { allowed: true, connectionId })
+
+  // All of the log is exported.
+  const all = { kinds: [], since: undefined, until: undefined, afterCheckpoint: '', follow: false }
+  const records: ExportAuditRecordsResponse[] = await Array.fromAsync(other.admin.exportAuditRecords(all))
+  t.is(records.filter(({ record }) => record?.$case === 'decision').length, 3)
+
+  // What one instance is told, the other acts on: a lease is taken back.
   t.true((await access.ask('ada', 'payroll'))?.allowed)
   await unary(mesh.admin, 'quarantineDevice', { id: 'alpha', reason: 'test' })
   await eventually('the lease is taken back', () => access.revoked.length > 0)
