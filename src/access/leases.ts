@@ -8,8 +8,8 @@
  * - `suspended`: its stream is gone, and was not ended. It is decided anew like one that is active, and waits for its
  *   device to resume it on another stream, for the grace time. `resume.ts` says how.
  * - `revoked`: the answer has become no, its user's assertion has expired, an operator closed it, its holder was thrown
- *   out, or this instance has been cut
- *   off from the facts for longer than the grace time. The holder is told at once; the record follows.
+ *   out, or this instance has been cut off from the facts for longer than the grace time. The holder is told at once; the
+ *   record follows.
  * - `closed`: the holder ended it, or ended its stream, or did not resume it in time.
  * - `moved`: it was resumed on another stream, here or at another instance. It lives on there; this copy of it is over, and
  *   leaves no trace on record.

@@ -1,9 +1,9 @@
 /**
  * Resuming: a device whose stream was lost holds its connections on another one, of any instance.
  *
- * A message's life: limit → the user, where an assertion has to say who it is → the connections become this instance's, on record → each is decided anew, and watched from
- * here on → audit → are they still this instance's? → answer. What can't be decided now goes on waiting, here, for
- * as long as it would have where it was.
+ * A message's life: limit → the user, where an assertion has to say who it is → the connections become this instance's, on
+ * record → each is decided anew, and watched from here on → audit → are they still this instance's? → answer. What can't be
+ * decided now goes on waiting, here, for as long as it would have where it was.
  */
 import type { Journal } from '../audit/journal.ts'
 import { callerName } from '../caller.ts'
