@@ -56,21 +56,6 @@ test('appends of one writer, each made the moment that the one before is on reco
   t.is(rows.length, 20)
 })
 
-test('records that are long share a commit with fewer others', async t => {
-  const { pool } = await testDatabase(t)
-  const commits: number[] = []
-  const journal = startJournal({ ...writer, pool, onCommit: rows => commits.push(rows) })
-  const long = (target: string): JournalEntry => {
-    const { table, row } = event(target)
-    return { table, row: row.with(8, JSON.stringify({ long: 'x'.repeat(2_500_000) })) }
-  }
-  await Promise.all(['a', 'b', 'c', 'd'].map(target => journal.append([long(target)])))
-  t.deepEqual(
-    commits.filter(rows => rows > 0),
-    [2, 2],
-  )
-})
-
 test('one row that the database refuses takes none of its neighbours down', async t => {
   const { pool } = await testDatabase(t)
   const journal = startJournal({ ...writer, pool })
