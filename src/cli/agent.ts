@@ -1,6 +1,8 @@
 /** `edgemesh agent`: the reference edge daemon, on this machine. */
+import { execFile } from 'node:child_process'
 import { readFile } from 'node:fs/promises'
 import { platform, release } from 'node:os'
+import { promisify } from 'node:util'
 import { Command, Option } from 'commander'
 import { z } from 'zod'
 import { runAgent } from '../agent/agent.ts'
@@ -28,6 +30,7 @@ type AgentOptions = {
   type: string
   label: Labels
   posture?: string
+  postureCommand?: string
   json?: true
 }
 
@@ -41,6 +44,10 @@ export function agentCommand(): Command {
     .addOption(new Option('--type <type>', 'what it is').choices(wordsOf(DeviceType)).default('server'))
     .option('--label <key=value>', 'may be repeated', label, {})
     .option('--posture <path>', 'report what this JSON file says over what is measured; it is read for each report')
+    .option(
+      '--posture-command <path>',
+      'likewise what this program prints; it is run, without arguments, for each report',
+    )
     .option('--json', 'one JSON document a line and event')
     .addHelpText(
       'after',
@@ -50,7 +57,9 @@ again it changes nothing, but another token lets a device back in that an operat
 one that was away for too long.
 
 The posture is measured on this machine. A file given with --posture may hold any of cpuPercent, memoryPercent,
-diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled.
+diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled. A program given with --posture-command
+prints the same within 10 seconds and 64 KiB. Where it fails, what it said last is reported as of when it said it, so that
+the device's health goes stale and is not taken for good.
 
 Examples:
   EDGEMESH_TOKEN=$(edgemesh token create) edgemesh agent --server localhost:8000 --state ./laptop-7 --id laptop-7
@@ -74,7 +83,7 @@ async function run(options: AgentOptions): Promise<void> {
       osVersion: release().slice(0, osVersionCharactersMax),
       labels: options.label,
     },
-    posture: await postureSource(options.posture),
+    posture: await postureSource(options),
     log: options.json ? event => console.log(JSON.stringify({ at: new Date(), ...event })) : tell,
     signal: stopSignal(),
   })
@@ -156,28 +165,66 @@ const postureFile = z.strictObject({
   attributes: z.record(z.string(), z.string()).optional(),
 })
 
-/** What this machine is like, with what the file says in its place. */
-async function postureSource(path: string | undefined): Promise<() => Promise<Partial<Posture>>> {
+/** What this machine is like, with what the file and the program say in its place. */
+async function postureSource({ posture: path, postureCommand: program }: AgentOptions) {
   const measure = hostPosture()
-  if (path === undefined) return measure
-  let given = await readPosture(path)
+  const file = path === undefined ? undefined : await kept(() => readPosture(path))
+  const printed = program === undefined ? undefined : await kept(() => runPosture(program))
+  return async (): Promise<Partial<Posture>> => {
+    const measured = await measure()
+    const [fromFile, fromProgram] = [await file?.(), await printed?.()]
+    // A file is a person's word and holds until it is changed. A program measures: what it said is as old as it is.
+    const stale = fromProgram?.failed ? { measuredAt: fromProgram.at } : {}
+    return { ...measured, ...fromFile?.value, ...fromProgram?.value, ...stale }
+  }
+}
+
+/** What was read last; whoever can't be read later is complained of. @throws where even the first reading fails */
+async function kept<T>(read: () => Promise<T>): Promise<() => Promise<{ value: T; at: Date; failed: boolean }>> {
+  let last = { value: await read(), at: new Date(), failed: false }
   return async () => {
     try {
-      given = await readPosture(path)
+      last = { value: await read(), at: new Date(), failed: false }
     } catch (error) {
-      // It is being edited. Until it can be read again, what it said before holds.
       printFailure(error)
+      last = { ...last, failed: true }
     }
-    return { ...(await measure()), ...given }
+    return last
   }
 }
 
 async function readPosture(path: string): Promise<Partial<Posture>> {
-  const text = await readFile(path, 'utf8')
+  return postureIn(await readFile(path, 'utf8'), path)
+}
+
+const programTimeoutMs = 10_000
+const programOutputBytesMax = 64 * 1024
+
+async function runPosture(program: string): Promise<Partial<Posture>> {
+  // The token is for the server alone.
+  const { EDGEMESH_TOKEN: _, ...env } = process.env
+  const limits = { timeout: programTimeoutMs, maxBuffer: programOutputBytesMax, killSignal: 'SIGKILL', env } as const
+  const { stdout } = await promisify(execFile)(program, [], limits).catch(failure => {
+    throw new CommandFailure(
+      `${program}: ${whyNot(failure)}`,
+      'it has to print a posture as JSON: edgemesh agent --help',
+    )
+  })
+  return postureIn(stdout, program)
+}
+
+function whyNot({ code, killed, signal }: { code?: unknown; killed?: boolean; signal?: string }): string {
+  if (code === 'ERR_CHILD_PROCESS_STDIO_MAXBUFFER') return `it printed more than ${programOutputBytesMax} bytes`
+  if (killed) return `it was not done within ${programTimeoutMs / 1_000} s`
+  if (typeof code === 'string') return `it can not be run: ${code}`
+  return signal ? `it was ended by ${signal}` : `it ended with exit code ${code}`
+}
+
+function postureIn(text: string, from: string): Partial<Posture> {
   try {
     return postureFile.parse(JSON.parse(text)) as Partial<Posture>
   } catch (error) {
     const what = error instanceof z.ZodError ? z.prettifyError(error).replace(/\s*\n\s*/g, ' ') : 'not JSON'
-    throw new CommandFailure(`${path}: ${what}`, 'see edgemesh agent --help for what a posture may hold')
+    throw new CommandFailure(`${from}: ${what}`, 'see edgemesh agent --help for what a posture may hold')
   }
 }
