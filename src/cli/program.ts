@@ -17,6 +17,7 @@ import { policyCommand } from './policy.ts'
 import { serveCommand } from './serve.ts'
 import { serviceCommand } from './service.ts'
 import { serviceIdentityCommand } from './service-identity.ts'
+import { simulateCommand } from './simulate.ts'
 import { tokenCommand } from './token.ts'
 import { userCommand } from './user.ts'
 
@@ -50,7 +51,7 @@ Examples:
   for (const command of [connectionCommand(), auditCommand(), checkCommand(), caCommand()]) program.addCommand(command)
   for (const command of [decisionCommand(), policyCommand()]) program.addCommand(command)
   program.commandsGroup('Run on a device:')
-  program.addCommand(agentCommand())
+  for (const command of [agentCommand(), simulateCommand()]) program.addCommand(command)
 
   answerMistakes(program, 'edgemesh')
   return program

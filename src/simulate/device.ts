@@ -1,0 +1,242 @@
+/**
+ * One simulated device: the agent's own streams, with an identity that is kept in memory only.
+ *
+ * enrolling → connecting → reporting; a session that breaks, or that the script ends, → waiting → connecting. What is
+ * refused for good → failed. Stopping ends the session in order.
+ */
+import { type AuthorizationStream, openAuthorizations } from '../agent/authorize-stream.ts'
+import { type DescribedError, describeCallError, millisecondsOf, type Server } from '../agent/channel.ts'
+import { createKey } from '../agent/csr.ts'
+import { type DeviceCredentials, enrollDevice, renewCredentials } from '../agent/enroll.ts'
+import { isFinal } from '../agent/enrolling.ts'
+import { openSession, type Session } from '../agent/session.ts'
+import { backoffDelayMs, systemTimer, withinReason } from '../agent/waiting.ts'
+import { systemClock } from '../clock.ts'
+import { Fault } from '../fault.ts'
+import { DeviceType } from '../gen/edgemesh/v1/types.ts'
+import { type Health, postureOf } from './mix.ts'
+import type { Action } from './script.ts'
+import { bucketOf, count, type DeviceState, type Tally } from './tally.ts'
+
+/** What a device asks again and again: whether this user may reach this service. It holds one lease. */
+export type Asking = { user: string; service: string; everyMs: number }
+
+export type SimulatedDevice = {
+  /** Until there is an identity, a refusal that no repetition helps, or an end. */
+  enroll(token: string): Promise<void>
+  /** Until it is stopped or refused for good. */
+  live(): Promise<void>
+  act(action: Action): void
+}
+
+const intervalDefaultMs = 30_000
+/** Refusals of an identity, on top of those that no repetition helps while it is asked for. */
+const identityEnds: ReadonlySet<string> = new Set([
+  'DEVICE_REVOKED',
+  'DEVICE_DELETED',
+  'CERTIFICATE_REVOKED',
+  'CERTIFICATE_RETIRED',
+])
+
+export function simulatedDevice({
+  server,
+  id,
+  health: healthAtFirst,
+  asking,
+  tally,
+  signal,
+}: {
+  server: Server
+  id: string
+  health: Health
+  asking: Asking | undefined
+  /** Counted in as it happens. */
+  tally: Tally
+  signal: AbortSignal
+}): SimulatedDevice {
+  let state: DeviceState = 'enrolling'
+  let health = healthAtFirst
+  let credentials: DeviceCredentials | undefined
+  let session: Session | undefined
+  let silent = false
+  let cut = false
+  /** It has lost its session, or did not get one, and the script is not why. */
+  let broken = false
+  /** Failures in a row. */
+  let failures = 0
+  let wake = new AbortController()
+  tally.states.enrolling += 1
+
+  function become(next: DeviceState): void {
+    tally.states[state] -= 1
+    tally.states[next] += 1
+    state = next
+  }
+
+  function setBroken(is: boolean): void {
+    if (is !== broken) tally.broken += is ? 1 : -1
+    broken = is
+  }
+
+  function sleep(ms: number): Promise<void> {
+    return systemTimer.sleep(ms, AbortSignal.any([signal, wake.signal]))
+  }
+
+  function noted(failure: unknown): DescribedError {
+    const error = describeCallError(failure)
+    count(tally.errors, error.reason)
+    return error
+  }
+
+  async function backOff(error?: DescribedError): Promise<void> {
+    const delayMs = backoffDelayMs(failures, Math.random, error?.retryAfterMs)
+    failures += 1
+    await systemTimer.sleep(delayMs, signal)
+  }
+
+  /** Speaks on one session until it ends. @throws what has broken it */
+  async function converse(identity: DeviceCredentials): Promise<void> {
+    become(silent ? 'silent' : 'connecting')
+    let authorizations: AuthorizationStream | undefined
+    let askTimer: NodeJS.Timeout | undefined
+    wake = new AbortController()
+    const opened = openSession({
+      server,
+      credentials: identity,
+      trustBundleId: () => identity.trustBundleId,
+      onDirective: () => {},
+      wake: () => wake.abort(),
+      clock: systemClock,
+    })
+    session = opened
+    try {
+      for (;;) {
+        const nextInMs = silent ? Number.POSITIVE_INFINITY : await report(opened)
+        if (opened.reports === 1 && asking && !authorizations) {
+          authorizations = openAuthorizations({
+            server,
+            credentials: identity,
+            channel: opened.channel,
+            onRevoked: () => {
+              tally.revocations += 1
+            },
+          })
+          askTimer = keepAsking(authorizations, asking)
+        }
+        if (!wake.signal.aborted) await sleep(Math.min(nextInMs, 2 ** 31 - 1))
+        wake = new AbortController()
+        if (signal.aborted || cut) return
+        if (opened.asked.revoked !== undefined) throw new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', 'revoked')
+        if (opened.ended) throw opened.ended
+        if (opened.asked.renew) {
+          credentials = await renewCredentials(server, identity, { channel: opened.channel })
+          return
+        }
+        if (opened.asked.reconnectInMs !== undefined) {
+          await systemTimer.sleep(withinReason(opened.asked.reconnectInMs), signal)
+          return
+        }
+      }
+    } finally {
+      clearInterval(askTimer)
+      session = undefined
+      await authorizations?.close()
+      await opened.close()
+    }
+  }
+
+  /** @returns when the next is due */
+  async function report(opened: Session): Promise<number> {
+    const sentAtMs = performance.now()
+    const answer = await opened.report(postureOf(health, Date.now()), signal)
+    if (!answer) return 0
+    tally.heartbeats += 1
+    tally.acknowledgements[bucketOf(performance.now() - sentAtMs)]! += 1
+    // As the agent has it: one report may be an accident.
+    if (opened.reports === 2) failures = 0
+    setBroken(false)
+    become(silent ? 'silent' : 'reporting')
+    return answer.nextInterval ? millisecondsOf(answer.nextInterval) : intervalDefaultMs
+  }
+
+  function keepAsking(authorizations: AuthorizationStream, { user, service, everyMs }: Asking): NodeJS.Timeout {
+    let held: string | undefined
+    const ask = async () => {
+      try {
+        if (held) await authorizations.closeConnections([held])
+        const [answer] = await authorizations.ask([{ user, service }])
+        held = answer?.allowed ? answer.connectionId : undefined
+        if (answer?.allowed) tally.allowed += 1
+        else tally.denied += 1
+      } catch (failure) {
+        if (session && !cut && !signal.aborted) noted(failure)
+      }
+    }
+    void ask()
+    return setInterval(ask, everyMs)
+  }
+
+  return {
+    async enroll(token) {
+      // The same key each time: an answer that was lost is given again.
+      const keyPem = createKey()
+      const description = { id, type: DeviceType.SERVER, os: 'simulated', osVersion: '1' }
+      while (!signal.aborted) {
+        try {
+          credentials = await enrollDevice({ server, token, device: description, keyPem, signal })
+          tally.enrolled += 1
+          failures = 0
+          return
+        } catch (failure) {
+          if (signal.aborted) break
+          const error = noted(failure)
+          if (isFinal(error)) {
+            setBroken(true)
+            return become('failed')
+          }
+          await backOff(error)
+        }
+      }
+      become('stopped')
+    },
+
+    async live() {
+      while (credentials && !signal.aborted) {
+        try {
+          await converse(credentials)
+        } catch (failure) {
+          if (signal.aborted) break
+          if (!cut) {
+            const error = noted(failure)
+            // The server may be done with one that the script has silenced.
+            setBroken(!silent)
+            if (identityEnds.has(error.reason)) return become('failed')
+            become('waiting')
+            await backOff(error)
+          }
+        }
+        if (signal.aborted) break
+        if (cut) {
+          cut = false
+          become('waiting')
+          await backOff()
+        }
+        tally.reconnects += 1
+      }
+      if (state !== 'failed') become('stopped')
+    },
+
+    act(step) {
+      if (!session || state === 'failed') return
+      count(tally.scripted, step.action)
+      if (step.action === 'posture') health = step.posture
+      if (step.action === 'disconnect') cut = true
+      if (step.action === 'stop-heartbeats') {
+        silent = true
+        if (state === 'reporting') become('silent')
+        return
+      }
+      wake.abort()
+    },
+  }
+}
