@@ -1,6 +1,6 @@
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
@@ -69,5 +69,57 @@ for (const [reason, hint] of [
     t.is(exitCode, 1)
     t.regex(stderr, new RegExp(`^error: refused: ${reason}$`, 'm'))
     t.regex(stderr.split('\n').find(line => line.startsWith('hint: ')) ?? '', hint)
+  })
+}
+
+test('what the program of --posture-command prints is reported; once it fails, its last words keep their time', async t => {
+  const server = await fleetServer(t, authority)
+  const state = await folder(t)
+  await saveState(state, alpha)
+  const program = `${state}-posture`
+  await writeFile(program, '#!/bin/sh\necho \'{"diskEncrypted": true, "patchesCurrent": false}\'\n', { mode: 0o700 })
+  const args = [bin, 'agent', '--server', server.address, '--state', state, '--posture-command', program, '--json']
+  const agent = spawn(process.execPath, args, { env: { PATH: process.env.PATH } })
+  t.teardown(() => agent.kill('SIGKILL'))
+  const exited = once(agent, 'exit')
+  const postures: { diskEncrypted: boolean; patchesCurrent: boolean; measuredAt: string }[] = []
+  let brokenAt = Number.POSITIVE_INFINITY
+  for await (const line of createInterface({ input: agent.stdout })) {
+    const { event, posture } = JSON.parse(line)
+    if (event !== 'reported') continue
+    postures.push(posture)
+    if (postures.length === 2) break
+    await writeFile(program, '#!/bin/sh\nexit 3\n')
+    brokenAt = Date.now()
+    // Another session, and with it another report.
+    server.open()[0]?.send({ $case: 'reconnect', value: { delay: undefined } })
+  }
+  agent.kill('SIGTERM')
+  await exited
+  t.is(postures.length, 2)
+  for (const { diskEncrypted, patchesCurrent } of postures) t.deepEqual([diskEncrypted, patchesCurrent], [true, false])
+  t.true(Date.parse(postures[1]?.measuredAt ?? '') <= brokenAt)
+})
+
+for (const [what, script, says] of [
+  ['prints no posture', 'echo "{\\"disk\\": true}"', /Unrecognized key/],
+  ['fails', 'exit 3', /it ended with exit code 3/],
+  [
+    'prints without end',
+    'while :; do echo aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa; done',
+    /more than 65536/,
+  ],
+] as const) {
+  test(`a program of --posture-command that ${what} from the start ends the agent with a sentence`, async t => {
+    const state = await folder(t)
+    await writeFile(`${state}-posture`, `#!/bin/sh\n${script}\n`, { mode: 0o700 })
+    const { exitCode, stderr } = await new Promise<{ exitCode: number; stderr: string }>(resolve => {
+      const args = [bin, 'agent', '--state', state, '--posture-command', `${state}-posture`]
+      execFile(process.execPath, args, { env: { PATH: process.env.PATH } }, (error, _stdout, stderr) => {
+        resolve({ exitCode: error ? Number(error.code) : 0, stderr })
+      })
+    })
+    t.is(exitCode, 1)
+    t.regex(stderr, says)
   })
 }
