@@ -58,8 +58,8 @@ one that was away for too long.
 
 The posture is measured on this machine. A file given with --posture may hold any of cpuPercent, memoryPercent,
 diskPercent, patchesCurrent, antivirusEnabled, diskEncrypted, firewallEnabled. A program given with --posture-command
-prints the same within 10 seconds and 64 KiB. Where it fails, what it said last is reported as of when it said it, so that
-the device's health goes stale and is not taken for good.
+prints the same within 10 seconds and 64 KiB. Where it fails, what it said last is reported as of when it said it: the
+device's health goes stale and is not taken for good.
 
 Examples:
   EDGEMESH_TOKEN=$(edgemesh token create) edgemesh agent --server localhost:8000 --state ./laptop-7 --id laptop-7
