@@ -1,0 +1,117 @@
+/** Three instances behind the load balancers that are shipped, started from their files; two of the instances are there. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import test, { type ExecutionContext } from 'ava'
+import { runAgent } from '../../src/agent/agent.ts'
+import { type EndedConnection, keepAuthorizations } from '../../src/agent/authorizations.ts'
+import { createKey } from '../../src/agent/csr.ts'
+import type { AgentEvent } from '../../src/agent/events.ts'
+import { loadState } from '../../src/agent/state.ts'
+import { authorizations, heartbeats } from '../support/device.ts'
+import {
+  type Credentials,
+  clientsOf,
+  enrollOnce,
+  eventually,
+  healthy,
+  startEdgeMesh,
+  startSecondInstance,
+  unary,
+} from '../support/edgemesh.ts'
+import { balancer, balancers, checkFile, startBalancer } from '../support/load-balancers.ts'
+import { relay } from '../support/relay.ts'
+
+/** Clients of tests that dial an instance themselves come from elsewhere than the balancer. */
+const environment = { TRUSTED_PROXIES: balancer, HEARTBEAT_INTERVAL_SECONDS: '1', DRAIN_SECONDS: '8' }
+
+async function start(t: ExecutionContext) {
+  const mesh = await startEdgeMesh(t, environment)
+  const second = await startSecondInstance(t, mesh, environment)
+  await unary(mesh.admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: '', role: 'admin' })
+  await unary(mesh.admin, 'createService', { id: 'payroll', name: '', labels: {}, owner: '', roles: [] })
+  return { mesh, second }
+}
+
+for (const [name, shipped] of Object.entries(balancers)) {
+  const { program } = shipped
+  if (!program) {
+    test.skip(`${name} is not here${name === 'nginx' ? ' with its stream module' : ''}: .ci/tools installs it`, t =>
+      t.pass())
+    continue
+  }
+
+  test(`${name} finds nothing wrong with its file`, async t => {
+    t.is(await checkFile(t, shipped), '')
+  })
+
+  test(`behind ${name} devices enroll, report and are allowed at either instance, and are on record with their own address`, async t => {
+    const { mesh, second } = await start(t)
+    const port = await startBalancer(t, shipped, [mesh.server, second.server])
+    const near = await relay(t, port, { from: '127.0.0.5' })
+    const clients = (who: Credentials) => clientsOf(t, `127.0.0.1:${near}`, who)
+    for (const id of ['alpha', 'beta', 'gamma', 'delta']) {
+      const keyPem = createKey()
+      const identity = await enrollOnce(clients(mesh.anonymous).enroll, await mesh.token(), keyPem, { id })
+      const device = { ...mesh.anonymous, keyPem, certificatePem: identity.certificateChainPem.join('') }
+      await heartbeats(t, { clients }, device).beat(healthy)
+      t.true((await authorizations(t, { clients }, device).ask('ada', 'payroll')).allowed)
+    }
+    const { rows } = await mesh.pool.query<{ address: string; instance: string }>(
+      `select distinct source_address as address, instance_id as instance from audit_events
+       where method like '%/Heartbeat' order by 2`,
+    )
+    t.deepEqual([...new Set(rows.map(({ address }) => address))], ['127.0.0.5'])
+    const both = [mesh.server.instanceId, second.server.instanceId]
+    t.deepEqual(rows.map(({ instance }) => instance).sort(), both.sort())
+  })
+
+  test(`behind ${name} an instance stops, and an agent moves on with all that it holds`, async t => {
+    const { mesh, second } = await start(t)
+    const server = `127.0.0.1:${await startBalancer(t, shipped, [mesh.server, second.server])}`
+    const folder = await mkdtemp(join(tmpdir(), 'edgemesh-balanced-'))
+    t.teardown(() => rm(folder, { recursive: true }))
+    const stateDirectory = join(folder, 'state')
+    const events: AgentEvent[] = []
+    const ended: EndedConnection[] = []
+    let held: ReturnType<typeof keepAuthorizations> | undefined
+    const stopping = new AbortController()
+    const done = runAgent({
+      server,
+      stateDirectory,
+      token: await mesh.token(),
+      device: { id: 'alpha' },
+      posture: async () => healthy,
+      log: event => events.push(event),
+      signal: stopping.signal,
+      connected: async target => held?.moveTo(target),
+    })
+    done.catch(() => {})
+    t.teardown(async () => {
+      await held?.close()
+      stopping.abort()
+      await done.catch(() => {})
+    })
+    await eventually('the first report', () => events.some(({ event }) => event === 'reported'))
+    const credentials = await loadState(stateDirectory)
+    held = keepAuthorizations({ server, credentials: credentials!, onEnded: end => void ended.push(end) })
+    const [answer] = await held.ask([{ user: 'ada', service: 'payroll' }])
+    t.true(answer?.allowed)
+    const holder = async () =>
+      (await mesh.pool.query('select instance_id as id, status from connections')).rows[0] as {
+        id: string
+        status: string
+      }
+    const stopped = (await holder()).id === mesh.server.instanceId ? mesh : second
+    const other = stopped === mesh ? second : mesh
+    // What reports there has to move, too.
+    await stopped.server.stop()
+    await eventually('the other one holds it', async () => (await holder()).id === other.server.instanceId)
+    t.deepEqual(await holder(), { id: other.server.instanceId, status: 'active' })
+    t.deepEqual(ended, [])
+    await eventually('it reports there', async () => {
+      const { rows } = await mesh.pool.query("select instance_id as id from device_presence where device_id = 'alpha'")
+      return rows[0]?.id === other.server.instanceId
+    })
+  })
+}
