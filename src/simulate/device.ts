@@ -9,6 +9,7 @@ import { type DescribedError, describeCallError, millisecondsOf, type Server } f
 import { createKey } from '../agent/csr.ts'
 import { type DeviceCredentials, enrollDevice, renewCredentials } from '../agent/enroll.ts'
 import { isFinal } from '../agent/enrolling.ts'
+import { trustOf } from '../agent/issued-identity.ts'
 import { openSession, type Session } from '../agent/session.ts'
 import { backoffDelayMs, systemTimer, withinReason } from '../agent/waiting.ts'
 import { systemClock } from '../clock.ts'
@@ -30,6 +31,12 @@ export type SimulatedDevice = {
 }
 
 const intervalDefaultMs = 30_000
+const intervalMinMs = 500
+/** As the agent has it where the server leaves the pace to the device. */
+const renewalSpreadMs = 30_000
+/** Timers reach no further. */
+const waitMsMax = 2 ** 31 - 1
+
 /** Refusals of an identity, on top of those that no repetition helps while it is asked for. */
 const identityEnds: ReadonlySet<string> = new Set([
   'DEVICE_REVOKED',
@@ -60,6 +67,8 @@ export function simulatedDevice({
   let session: Session | undefined
   let silent = false
   let cut = false
+  /** The script has changed how it is, and it has not said so yet. */
+  let changed = false
   /** It has lost its session, or did not get one, and the script is not why. */
   let broken = false
   /** Failures in a row. */
@@ -95,8 +104,9 @@ export function simulatedDevice({
   }
 
   /** Speaks on one session until it ends. @throws what has broken it */
-  async function converse(identity: DeviceCredentials): Promise<void> {
+  async function converse(shown: DeviceCredentials): Promise<void> {
     become(silent ? 'silent' : 'connecting')
+    let identity = shown
     let authorizations: AuthorizationStream | undefined
     let askTimer: NodeJS.Timeout | undefined
     wake = new AbortController()
@@ -110,8 +120,11 @@ export function simulatedDevice({
     })
     session = opened
     try {
+      let reportAtMs = 0
+      let renewAtMs = Number.POSITIVE_INFINITY
       for (;;) {
-        const nextInMs = silent ? Number.POSITIVE_INFINITY : await report(opened)
+        // Step 1: Say how it is, when that is due: the server repeats what it asks for with each acknowledgement.
+        if (!silent && (reportAtMs <= performance.now() || changed)) reportAtMs = await report(opened)
         if (opened.reports === 1 && asking && !authorizations) {
           authorizations = openAuthorizations({
             server,
@@ -123,19 +136,36 @@ export function simulatedDevice({
           })
           askTimer = keepAsking(authorizations, asking)
         }
-        if (!wake.signal.aborted) await sleep(Math.min(nextInMs, 2 ** 31 - 1))
-        wake = new AbortController()
+
+        // Step 2: Heed what has come up.
         if (signal.aborted || cut) return
-        if (opened.asked.revoked !== undefined) throw new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', 'revoked')
+        const { asked } = opened
+        opened.asked = {}
+        if (asked.revoked !== undefined) throw new Fault('UNAUTHENTICATED', 'DEVICE_REVOKED', 'revoked')
         if (opened.ended) throw opened.ended
-        if (opened.asked.renew) {
+        if (asked.trustBundle) {
+          identity = { ...identity, ...trustOf(asked.trustBundle) }
+          credentials = identity
+          reportAtMs = 0
+        }
+        // The first of several that ask counts: each draws its delay anew.
+        if (asked.renew && renewAtMs === Number.POSITIVE_INFINITY) {
+          const delayMs = asked.renew.inMs ?? Math.random() * renewalSpreadMs
+          renewAtMs = performance.now() + delayMs
+        }
+        if (renewAtMs <= performance.now()) {
           credentials = await renewCredentials(server, identity, { channel: opened.channel })
           return
         }
-        if (opened.asked.reconnectInMs !== undefined) {
-          await systemTimer.sleep(withinReason(opened.asked.reconnectInMs), signal)
+        if (asked.reconnectInMs !== undefined) {
+          await systemTimer.sleep(withinReason(asked.reconnectInMs), signal)
           return
         }
+
+        // Step 3: Wait for what is due next.
+        const dueAtMs = Math.min(renewAtMs, silent ? Number.POSITIVE_INFINITY : reportAtMs)
+        await sleep(Math.min(waitMsMax, Math.max(0, dueAtMs - performance.now())))
+        wake = new AbortController()
       }
     } finally {
       clearInterval(askTimer)
@@ -145,9 +175,10 @@ export function simulatedDevice({
     }
   }
 
-  /** @returns when the next is due */
+  /** @returns when the next is due, by `performance.now()` */
   async function report(opened: Session): Promise<number> {
     const sentAtMs = performance.now()
+    changed = false
     const answer = await opened.report(postureOf(health, Date.now()), signal)
     if (!answer) return 0
     tally.heartbeats += 1
@@ -156,7 +187,8 @@ export function simulatedDevice({
     if (opened.reports === 2) failures = 0
     setBroken(false)
     become(silent ? 'silent' : 'reporting')
-    return answer.nextInterval ? millisecondsOf(answer.nextInterval) : intervalDefaultMs
+    const nextInMs = answer.nextInterval ? millisecondsOf(answer.nextInterval) : intervalDefaultMs
+    return performance.now() + Math.max(intervalMinMs, nextInMs)
   }
 
   function keepAsking(authorizations: AuthorizationStream, { user, service, everyMs }: Asking): NodeJS.Timeout {
@@ -229,7 +261,10 @@ export function simulatedDevice({
     act(step) {
       if (!session || state === 'failed') return
       count(tally.scripted, step.action)
-      if (step.action === 'posture') health = step.posture
+      if (step.action === 'posture') {
+        health = step.posture
+        changed = true
+      }
       if (step.action === 'disconnect') cut = true
       if (step.action === 'stop-heartbeats') {
         silent = true
