@@ -8,7 +8,7 @@
  *
  * Each batch of events and decisions is sealed by the statement that writes it: see `seals.ts`.
  */
-import { randomUUIDv7 } from 'node:crypto'
+import { hash, randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
 import { type Call, callerName, type OwnEvents } from '../caller.ts'
 import type { Clock } from '../clock.ts'
@@ -194,7 +194,8 @@ export function startJournal(options: {
   function nameOf(text: string): string {
     let name = names.get(text)
     if (!name) {
-      name = `journal-${names.size}`
+      // By what it says: whoever shares the connections gives other statements other names.
+      name = `journal-${hash('sha256', text).slice(0, 16)}`
       names.set(text, name)
     }
     return name
