@@ -29,8 +29,9 @@ export const group: Group = {
       // As long as the answers on a stream, which name a connection.
       await echo.answer({ ...answer, connectionId: crypto.randomUUID() })
       const sides = { served, device, echo }
-      yield* decisionRates(sides, options)
+      // While the database is quiet: after the rates it is busy with what they have written.
       yield await answerTimes(sides, options)
+      yield* decisionRates(sides, options)
     } finally {
       for (const end of ends.reverse()) await end()
     }
