@@ -5,9 +5,7 @@
  * (`leases.ts`) → audit, one row a message however many questions it carried → answer. An allow leaves only when its
  * record is on disk, and not if the lease's ground has gone meanwhile.
  */
-import { randomUUIDv7 } from 'node:crypto'
 import { callEntry, type Journal, type JournalEntry } from '../audit/journal.ts'
-import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
@@ -23,7 +21,8 @@ import type {
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { connectionEntry } from './connection-records.ts'
-import { type AccessQuestion, type Decider, type Decision, keepsOnRecord, recordText, type Verdict } from './decide.ts'
+import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
+import { type Decided, decisionEntry } from './decision-records.ts'
 import type { Facts } from './facts.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -82,22 +81,6 @@ const leasesPerStreamMax = 4_096
 const retryMs = 1_000
 /** Changes that may fall between deciding and leasing before the caller is asked to try again. */
 const attemptsMax = 5
-
-const decisionsTable: JournalTable = {
-  name: 'decisions',
-  columns: [
-    { name: 'at', type: 'timestamptz' },
-    { name: 'id', type: 'uuid' },
-    { name: 'device_id', type: 'text' },
-    { name: 'caller', type: 'text' },
-    { name: 'method', type: 'text' },
-    { name: 'source_address', type: 'text' },
-    { name: 'instance_id', type: 'text' },
-    { name: 'policy_revision', type: 'text' },
-    { name: 'latency_us', type: 'int' },
-    { name: 'questions', type: 'jsonb' },
-  ],
-}
 
 export function createCheck(deps: AuthorizeDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
@@ -375,7 +358,6 @@ async function allOrNone<T>(work: (T | Promise<T>)[], undo: (done: T) => void): 
   }
 }
 
-type Decided = { question: AccessQuestion; verdict: Verdict }
 type DecidedAndLeased = Decided & { lease: Lease | undefined }
 
 /**
@@ -467,16 +449,6 @@ function endingBy(verdict: Verdict, untilMs: number): Verdict {
 function refusalEntry(call: Call, asked: AccessQuestion[], { code, reason }: Fault): JournalEntry {
   const questions = asked.map(({ user, service, action }) => ({ user, service, action }))
   return callEntry({ ...call, audit: { ...call.audit, detail: { questions } } }, { code, reason })
-}
-
-/** The decision that ended a lease, made by the server itself. */
-export function revocationEntry(instanceId: string, clock: Clock) {
-  return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
-    const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
-    const { question } = lease
-    const { id, entry } = decisionRow(by, question.deviceId, [{ question, verdict }], clock(), 0)
-    return { entry, decisionId: `${id}.0` }
-  }
 }
 
 /** Who a question is about is who asks; only operators and services ask about others. */
@@ -592,43 +564,3 @@ const openConnection = (lease: Lease) => ({
   grantedAt: new Date(lease.grantedAtMs),
   expiresAt: new Date(lease.expiresAtMs),
 })
-
-/** @param startedAt when the work on the message began, as `performance.now()` */
-export function decisionEntry(call: Call, deviceId: string, decided: Decided[], nowMs: number, startedAt: number) {
-  const { method, address, instanceId } = call
-  const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
-  const by = { caller: callerName(call.caller), method, address, instanceId }
-  return decisionRow(by, deviceId, decided, nowMs, latencyUs)
-}
-
-function decisionRow(
-  by: { caller: string; method: string; address: string; instanceId: string },
-  deviceId: string,
-  decided: Decided[],
-  nowMs: number,
-  latencyUs: number,
-): { id: string; entry: JournalEntry; committed: () => void } {
-  const id = randomUUIDv7()
-  const at = new Date(nowMs)
-  const row = [
-    at,
-    id,
-    deviceId,
-    by.caller,
-    by.method,
-    by.address,
-    by.instanceId,
-    decided[0]?.verdict.policyRevision ?? '',
-    latencyUs,
-    `[${decided.map(({ question, verdict }) => recordText(verdict, question)).join(',')}]`,
-  ]
-  return {
-    id,
-    entry: { table: decisionsTable, row },
-    committed() {
-      decided.forEach(({ question, verdict }, place) => {
-        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
-      })
-    },
-  }
-}

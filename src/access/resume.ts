@@ -12,7 +12,6 @@ import {
   type AuthorizeDeps,
   answerOf,
   decideAndLease,
-  decisionEntry,
   denial,
   type Resume,
   type ResumingStream,
@@ -20,6 +19,7 @@ import {
 } from './authorize.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
+import { decisionEntry } from './decision-records.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'

@@ -16,6 +16,7 @@ import { newSerial } from '../../../src/identity/certificates.ts'
 import { createChallenges } from '../../../src/identity/challenge.ts'
 import { checkCsr } from '../../../src/identity/csr.ts'
 import { barePkijs } from '../bare-pkijs.ts'
+import { channelOf, channelOptions } from '../enrolled-device.ts'
 import { profileRows } from '../profile.ts'
 import { medianRate, type Rate, rate, ratesInTurns, showRate } from '../rates.ts'
 import type { Group, GroupOptions, Row } from '../row.ts'
@@ -163,13 +164,6 @@ async function* calls({ progress, profile }: GroupOptions): AsyncGenerator<Row> 
   }
 }
 
-/** Node takes no IP address as TLS server name; and each client has a connection of its own. */
-const channelOptions = {
-  'grpc.ssl_target_name_override': 'localhost',
-  'grpc.default_authority': 'localhost',
-  'grpc.use_local_subchannel_pool': 1,
-}
-
 function enrollClients({ address, rootsPem }: Served): EnrollServiceClient[] {
   const channel = credentials.createSsl(Buffer.from(rootsPem))
   return Array.from({ length: connections }, () => new EnrollServiceClient(address, channel, channelOptions))
@@ -178,8 +172,7 @@ function enrollClients({ address, rootsPem }: Served): EnrollServiceClient[] {
 async function createTokens(served: Served): Promise<string[]> {
   const keyPem = createKey()
   const certificatePem = await served.operatorCertificate(signingRequestFor(keyPem))
-  const [roots, key, certificate] = [served.rootsPem, keyPem, certificatePem].map(pem => Buffer.from(pem))
-  const channel = credentials.createSsl(roots, key, certificate)
+  const channel = channelOf({ rootsPem: served.rootsPem, keyPem, certificatePem })
   const admin = new AdminServiceClient(served.address, channel, channelOptions)
   const request = CreateEnrollmentTokenRequest.fromPartial({ usesMax: usesOfToken })
   const one = () =>

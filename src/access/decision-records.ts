@@ -1,0 +1,86 @@
+/** Decisions on record: one row a message, however many questions it carried. */
+import { randomUUIDv7 } from 'node:crypto'
+import type { JournalEntry } from '../audit/journal.ts'
+import type { JournalTable } from '../audit/journal-table.ts'
+import { type Call, callerName } from '../caller.ts'
+import type { Clock } from '../clock.ts'
+import { type AccessQuestion, keepsOnRecord, recordText, type Verdict } from './decide.ts'
+import type { Lease } from './leases.ts'
+
+/** A question and what it was answered with. */
+export type Decided = { question: AccessQuestion; verdict: Verdict }
+
+/** `committed` has to be called once the entry is on disk: later answers by the same verdicts refer to it. */
+export type DecisionRecord = { id: string; entry: JournalEntry; committed: () => void }
+
+const decisionsTable: JournalTable = {
+  name: 'decisions',
+  columns: [
+    { name: 'at', type: 'timestamptz' },
+    { name: 'id', type: 'uuid' },
+    { name: 'device_id', type: 'text' },
+    { name: 'caller', type: 'text' },
+    { name: 'method', type: 'text' },
+    { name: 'source_address', type: 'text' },
+    { name: 'instance_id', type: 'text' },
+    { name: 'policy_revision', type: 'text' },
+    { name: 'latency_us', type: 'int' },
+    { name: 'questions', type: 'jsonb' },
+  ],
+}
+
+/** @param startedAt when the work on the message began, as `performance.now()` */
+export function decisionEntry(
+  call: Call,
+  deviceId: string,
+  decided: Decided[],
+  nowMs: number,
+  startedAt: number,
+): DecisionRecord {
+  const { method, address, instanceId } = call
+  const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
+  const by = { caller: callerName(call.caller), method, address, instanceId }
+  return decisionRow(by, deviceId, decided, nowMs, latencyUs)
+}
+
+function decisionRow(
+  by: { caller: string; method: string; address: string; instanceId: string },
+  deviceId: string,
+  decided: Decided[],
+  nowMs: number,
+  latencyUs: number,
+): DecisionRecord {
+  const id = randomUUIDv7()
+  const at = new Date(nowMs)
+  const row = [
+    at,
+    id,
+    deviceId,
+    by.caller,
+    by.method,
+    by.address,
+    by.instanceId,
+    decided[0]?.verdict.policyRevision ?? '',
+    latencyUs,
+    `[${decided.map(({ question, verdict }) => recordText(verdict, question)).join(',')}]`,
+  ]
+  return {
+    id,
+    entry: { table: decisionsTable, row },
+    committed() {
+      decided.forEach(({ question, verdict }, place) => {
+        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
+      })
+    },
+  }
+}
+
+/** The decision that ended a lease, made by the server itself. */
+export function revocationEntry(instanceId: string, clock: Clock) {
+  return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
+    const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
+    const { question } = lease
+    const { id, entry } = decisionRow(by, question.deviceId, [{ question, verdict }], clock(), 0)
+    return { entry, decisionId: `${id}.0` }
+  }
+}
