@@ -271,7 +271,8 @@ async function compose(
   }
   const resume = createResume({
     ...authorizeDeps,
-    claim: (ids, deviceId) => claimConnections(db.pool, { ids, deviceId, instanceId }),
+    claim: (ids, deviceId) =>
+      claimConnections(db.pool, { ids, deviceId, instanceId, graceMs: settings.leases.graceMs }),
   })
   const revocations = watchRevocations({
     clock,
@@ -408,6 +409,7 @@ async function compose(
         db,
         clock,
         maxAgeMs: settings.health.maxAgeMs,
+        leaseGraceMs: settings.leases.graceMs,
         tokenSecret: settings.identity.enrollmentTokenSecret,
         authority: {
           trustDomain,

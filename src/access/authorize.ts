@@ -3,7 +3,8 @@
  *
  * A question's life: identity of the connection → limit → decide (`decide.ts`) → lease, watched from here on
  * (`leases.ts`) → audit, one row a message however many questions it carried → answer. An allow leaves only when its
- * record is on disk, and not if the lease's ground has gone meanwhile.
+ * record is on disk, and not if the lease's ground has gone meanwhile. That record is the connection's, too, until it needs a
+ * row of its own (`connection-records.ts`); connections that are closed before that are named in one event a message.
  */
 import { callEntry, type Journal, type JournalEntry } from '../audit/journal.ts'
 import { type Call, callerName } from '../caller.ts'
@@ -20,11 +21,11 @@ import type {
   Question,
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
-import { connectionEntry } from './connection-records.ts'
+import { connectionIdOf } from './connection-records.ts'
 import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
-import { type Decided, decisionEntry } from './decision-records.ts'
+import { type Decided, decisionEntry, newDecisionId } from './decision-records.ts'
 import type { Facts } from './facts.ts'
-import type { Lease, Leases, Revocation } from './leases.ts'
+import type { Granted, Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import type { RevocationWatch } from './revocations.ts'
 import { assertionExpired, UserAssertionRefused, type UserAssertions } from './user-assertion.ts'
@@ -107,12 +108,13 @@ export function createCheck(deps: AuthorizeDeps) {
     }
     const decided = deps.decider.decide(question)
     const verdict = endingBy((decided instanceof Promise ? await decided : decided).verdict, assertedUntilMs)
-    const decision = decisionEntry(call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
+    const decisionId = newDecisionId()
+    const decision = decisionEntry(decisionId, call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
     await deps.journal.append([decision.entry])
     decision.committed()
     call.audit.written = true
     deps.onDecisions(verdict.allow ? 1 : 0, verdict.allow ? 0 : 1, (performance.now() - startedAt) / 1_000)
-    const answer = answerOf(request.question.id, verdict, `${decision.id}.0`, '')
+    const answer = answerOf(request.question.id, verdict, `${decisionId}.0`, '')
     return { answer, serverTime: new Date(deps.clock()) }
   }
 }
@@ -173,26 +175,30 @@ export function createAuthorize(deps: ContinuousDeps) {
         revocations.set(revocation.lease.id, revocation)
         revoked(revocation)
       }
-      const deciding = asked.map((question, at) =>
-        orRejected(decideAndLease, deps, question, {
-          questionId: questions[at]?.id ?? '',
-          assertedUntilMs,
-          push,
-          moved,
-        }),
+      const id = newDecisionId()
+      const deciding = allOrNone(
+        asked,
+        (question, at) => {
+          const [connectionId, decisionId, questionId] = [
+            connectionIdOf(id, at),
+            `${id}.${at}`,
+            questions[at]?.id ?? '',
+          ]
+          return decideAndLease(deps, question, {
+            id: connectionId,
+            decisionId,
+            questionId,
+            assertedUntilMs,
+            push,
+            moved,
+          })
+        },
+        ({ lease }) => lease && deps.leases.drop(lease),
       )
-      const decided = await allOrNone(deciding, ({ lease }) => lease && deps.leases.drop(lease))
-      const decision = decisionEntry(call, deviceId, decided, deps.clock(), startedAt)
-      const entries = [decision.entry]
-      decided.forEach(({ lease }, at) => {
-        if (!lease) return
-        lease.decisionId = `${decision.id}.${at}`
-        // Where it was taken back meanwhile, that record and this one may be of one batch, of which the last counts.
-        const { reasons = [] } = revocations.get(lease.id) ?? {}
-        entries.push(connectionEntry(lease, deps.instanceId, deps.clock(), reasons))
-      })
+      const decided = deciding instanceof Promise ? await deciding : deciding
+      const decision = decisionEntry(id, call, deviceId, decided, deps.clock(), startedAt)
       try {
-        await deps.journal.append(entries)
+        await deps.journal.append([decision.entry])
         decision.committed()
       } catch (error) {
         for (const { lease } of decided) if (lease) deps.leases.drop(lease)
@@ -200,7 +206,7 @@ export function createAuthorize(deps: ContinuousDeps) {
       }
       let allowed = 0
       const answers = decided.map(({ question, verdict, lease }, at) => {
-        const decisionId = `${decision.id}.${at}`
+        const decisionId = `${id}.${at}`
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
         deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
@@ -227,7 +233,7 @@ export function createAuthorize(deps: ContinuousDeps) {
       bounded('close.connection_ids', ids.length)
       const leases = ids.flatMap(id => held.get(id) ?? [])
       for (const { id } of leases) held.delete(id)
-      return deps.leases.close(leases).map(({ id }) => id)
+      return deps.leases.close(leases, closedEntry).map(({ id }) => id)
     }
 
     /** The stream is over: its leases wait for its device, are closed with it, or taken back if that was thrown out. */
@@ -239,8 +245,16 @@ export function createAuthorize(deps: ContinuousDeps) {
       } else if (lost && isKnown) {
         deps.leases.suspend(leases)
       } else {
-        deps.leases.close(leases)
+        deps.leases.close(leases, closedEntry)
       }
+    }
+
+    /** The event of connections that have no row. */
+    function closedEntry(closed: string[]): JournalEntry {
+      return callEntry(
+        { ...call, startedAt: deps.clock(), audit: { ...call.audit, detail: { closed } } },
+        { code: 'OK' },
+      )
     }
 
     /** Holds again what was held on a stream that was lost. */
@@ -339,17 +353,32 @@ export function createAuthorize(deps: ContinuousDeps) {
   }
 }
 
-/** What fails at once fails like what fails later: those before it in a batch are to be undone in either case. */
-function orRejected<Arguments extends unknown[], T>(act: (...given: Arguments) => T, ...given: Arguments) {
+/**
+ * All results, at once where all are there at once. If one fails, then or later, the others are undone once they are there.
+ *
+ * @throws the first failure
+ */
+function allOrNone<Asked, T>(
+  asked: readonly Asked[],
+  act: (asked: Asked, at: number) => T | Promise<T>,
+  undo: (done: T) => void,
+): T[] | Promise<T[]> {
+  const done: (T | Promise<T>)[] = []
+  let waits = false
   try {
-    return act(...given)
+    for (const one of asked) {
+      const result = act(one, done.length)
+      if (result instanceof Promise) waits = true
+      done.push(result)
+    }
   } catch (error) {
-    return Promise.reject(error)
+    done.push(Promise.reject(error))
+    waits = true
   }
+  return waits ? allLater(done, undo) : (done as T[])
 }
 
-/** All results. If one fails, the others are undone once they are there. @throws the first failure */
-async function allOrNone<T>(work: (T | Promise<T>)[], undo: (done: T) => void): Promise<T[]> {
+async function allLater<T>(work: (T | Promise<T>)[], undo: (done: T) => void): Promise<T[]> {
   try {
     return await Promise.all(work)
   } catch (error) {
@@ -365,49 +394,48 @@ type DecidedAndLeased = Decided & { lease: Lease | undefined }
  * evaluated, it is decided again.
  */
 export function decideAndLease(
-  deps: Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>,
+  deps: LeasingDeps,
   question: AccessQuestion,
-  known: Pick<Lease, 'questionId' | 'assertedUntilMs' | 'push' | 'moved'> & {
-    id?: string | undefined
-    grantedAtMs?: number | undefined
-  },
+  known: Known,
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
-  function lease({ verdict: decided, ground }: Decision): DecidedAndLeased {
-    const verdict = endingBy(decided, known.assertedUntilMs)
-    if (!verdict.allow) return { question, verdict, lease: undefined }
-    const { id, grantedAtMs, questionId, assertedUntilMs, push, moved } = known
-    const { value: user } = ground.user
-    const serviceId = ground.service.value?.id ?? ''
-    const { expiresAtMs } = verdict
-    const wanted = {
-      id,
-      grantedAtMs,
-      questionId,
-      question,
-      userId: user?.id ?? '',
-      role: user?.role ?? '',
-      serviceId,
-      expiresAtMs,
-      assertedUntilMs,
-      decisionId: '',
-      push,
-      moved,
-    }
-    return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
-  }
-
-  function leaseIfCurrent(decision: Decision): DecidedAndLeased | Promise<DecidedAndLeased> {
-    if (!decision.verdict.allow || deps.facts.isCurrent(question, decision.ground)) return lease(decision)
+  const decision = deps.decider.decide(question)
+  // What is decided at once is decided by what is so now.
+  if (!(decision instanceof Promise)) return leased(deps, question, known, decision)
+  return decision.then(decided => {
+    const isCurrent = !decided.verdict.allow || deps.facts.isCurrent(question, decided.ground)
+    if (isCurrent) return leased(deps, question, known, decided)
     if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
     throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
       retryAfterMs: 100,
     })
-  }
+  })
+}
 
-  const decision = deps.decider.decide(question)
-  // What is decided at once is decided by what is so now.
-  return decision instanceof Promise ? decision.then(leaseIfCurrent) : lease(decision)
+type LeasingDeps = Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>
+/** What a lease is made of, beside the answer. */
+type Known = Omit<Granted, 'question' | 'userId' | 'role' | 'serviceId' | 'expiresAtMs'>
+
+function leased(deps: LeasingDeps, question: AccessQuestion, known: Known, decision: Decision): DecidedAndLeased {
+  const verdict = endingBy(decision.verdict, known.assertedUntilMs)
+  if (!verdict.allow) return { question, verdict, lease: undefined }
+  const { user, service } = decision.ground
+  // One by one: spreading the object is the dearest part of it.
+  const wanted: Granted = {
+    id: known.id,
+    grantedAtMs: known.grantedAtMs,
+    questionId: known.questionId,
+    question,
+    userId: user.value?.id ?? '',
+    role: user.value?.role ?? '',
+    serviceId: service.value?.id ?? '',
+    expiresAtMs: verdict.expiresAtMs,
+    assertedUntilMs: known.assertedUntilMs,
+    decisionId: known.decisionId,
+    push: known.push,
+    moved: known.moved,
+  }
+  return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
 }
 
 /**

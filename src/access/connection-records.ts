@@ -1,9 +1,16 @@
-/** Connections on record, and whose they are: a row is its instance's, until another takes it over. */
+/**
+ * Connections on record, and whose they are: a row is its instance's, until another takes it over.
+ *
+ * A new connection has none. Its decision, on disk before it was allowed, is its record: the ids of both differ in their last
+ * byte, the place of the question in its message. Most connections are over before they would be looked for; one that lasts, is
+ * taken back, or has lost its stream gets a row (`leases.ts`). Who needs that of another one makes it from its decision.
+ */
 import type pg from 'pg'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
 import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
+import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 
@@ -42,22 +49,12 @@ export function connectionEntry(
   const ended = status !== 'active'
   const endReasons = ended ? canonicalJson(reasons) : null
   const resumeBy = lease.state === 'suspended' && lease.resumeBy ? lease.resumeBy : null
-  const { deviceId, action } = question
+  const holder = [id, question.deviceId, userId, serviceId, question.action, instanceId]
   const [grantedAt, endedAt] = [new Date(grantedAtMs), ended ? new Date(nowMs) : null]
-  const holder = [id, deviceId, userId, serviceId, action, instanceId]
-  const row = [...holder, status, grantedAt, endedAt, endReasons, decisionId, resumeBy]
-  // What `rowText` would make of it, at a third of the cost: two rows a connection are most of what one costs.
-  const end = ended ? `"end_reasons":${endReasons},"ended_at":${nowMs * 1_000},` : ''
-  const resume = resumeBy ? `"resume_by":${resumeBy.getTime() * 1_000},` : ''
-  const text = `{"action":${quoted(action)},"decision_id":"${decisionId}","device_id":${quoted(deviceId)},${end}"granted_at":${grantedAtMs * 1_000},"id":"${id}","instance_id":${quoted(instanceId)},${resume}"service_id":${quoted(serviceId)},"status":"${status}","user_id":${quoted(userId)}}`
-  return { table: connectionsTable, row, text }
-}
-
-const plain = /^[\w .:@/-]*$/
-
-/** As JSON. Most names are such as stand for themselves. */
-function quoted(name: string): string {
-  return plain.test(name) ? `"${name}"` : JSON.stringify(name.toWellFormed())
+  return {
+    table: connectionsTable,
+    row: [...holder, status, grantedAt, endedAt, endReasons, decisionId, resumeBy],
+  }
 }
 
 /** A connection that its device wants to resume. */
@@ -84,11 +81,77 @@ export type Claim = {
  */
 export async function claimConnections(
   pool: pg.Pool,
-  asked: { ids: string[]; deviceId: string; instanceId: string },
+  asked: { ids: string[]; deviceId: string; instanceId: string; graceMs: number },
 ): Promise<Map<string, Claim>> {
-  const { rows } = await pool.query<Claim>(claim, [asked.ids, asked.deviceId, asked.instanceId])
-  return new Map(rows.map(row => [row.id, row]))
+  const { ids, deviceId, instanceId, graceMs } = asked
+  const found = new Map<string, Claim>()
+  const look = async (wanted: string[]) => {
+    const { rows } = await pool.query<Claim>(claim, [wanted, deviceId, instanceId])
+    for (const row of rows) found.set(row.id, row)
+  }
+  await look(ids)
+  const without = ids.filter(id => !found.has(id))
+  if (without.length > 0 && (await recordFromDecisions(pool, without, graceMs, deviceId)) > 0) await look(without)
+  return found
 }
+
+/**
+ * Gives those connections a row that have none yet and were not closed, from the decisions that allowed them, as their
+ * instance would have done.
+ *
+ * @param graceMs how long a connection can wait to be resumed
+ * @param deviceId whose they have to be; default: anybody's
+ * @returns how many there were
+ */
+export async function recordFromDecisions(
+  pool: pg.Pool,
+  ids: string[],
+  graceMs: number,
+  deviceId: string | null = null,
+): Promise<number> {
+  const within = (recordedAfterMs + graceMs + unnoticedMs) / 1_000
+  const [decisions, places] = [ids.map(decisionOf), ids.map(placeOf)]
+  const { rowCount } = await pool.query(fromDecisions, [ids, decisions, places, deviceId, within, authorize.path])
+  return rowCount ?? 0
+}
+
+const { authorize } = AuthorizeServiceService
+/** A connection that lasts longer than this gets a row. */
+export const recordedAfterMs = 2_000
+/** By how much the clocks of instances and database may differ, and how long a lost one may go unnoticed. */
+const unnoticedMs = 60_000
+
+// Where its user and service were asked for by name, policy's input has their ids. It may be on record with an earlier decision.
+const fromDecisions = `
+  insert into connections (id, device_id, user_id, service_id, action, instance_id, status, granted_at, decision_id)
+  select wanted.id, decision.device_id, coalesce(known.input #>> '{user,id}', asked.question ->> 'user'),
+    coalesce(known.input #>> '{service,id}', asked.question ->> 'service'), asked.question ->> 'action',
+    decision.instance_id, 'active', decision.at, decision.id || '.' || wanted.place
+  from unnest($1::uuid[], $2::uuid[], $3::int[]) as wanted (id, decision, place)
+  join decisions decision on decision.id = wanted.decision and decision.at > now() - make_interval(secs => $5)
+    and decision.method = $6 and ($4::text is null or decision.device_id = $4)
+  cross join lateral (select decision.questions -> wanted.place as question) asked
+  left join lateral (
+    select earlier.questions -> split_part(asked.question ->> 'inputOf', '.', 2)::int -> 'input' as input
+    from decisions earlier
+    where earlier.id = split_part(asked.question ->> 'inputOf', '.', 1)::uuid
+      and earlier.at = (asked.question ->> 'inputAt')::timestamptz
+  ) earlier on true
+  cross join lateral (select coalesce(asked.question -> 'input', earlier.input) as input) known
+  where (asked.question ->> 'allow')::boolean and not exists (
+    select from audit_events event
+    where event.target = 'device/' || decision.device_id and event.at > now() - make_interval(secs => $5)
+      and event.method = $6 and event.detail -> 'closed' ? wanted.id::text
+  )
+  on conflict (id) do nothing`
+
+/** The id of the connection that a question at this place of its message is allowed, below 256. */
+export function connectionIdOf(decisionId: string, place: number): string {
+  return decisionId.slice(0, -2) + place.toString(16).padStart(2, '0')
+}
+
+const decisionOf = (connectionId: string) => `${connectionId.slice(0, -2)}00`
+const placeOf = (connectionId: string) => Number.parseInt(connectionId.slice(-2), 16)
 
 // An instance of the version before does not hand over: it would write an end of what it has lost. The lock makes who claims
 // the same rows wait, in one order; so the one behind sees whose they have become.
@@ -116,7 +179,7 @@ const claim = `
 /** A connection that is not held here any more: it has ended, or another instance has it. */
 export type Departure = { id: string; status: 'active' | 'revoked' | 'closed'; endReasons: PolicyReason[] | null }
 
-/** Which of the connections are not this instance's any more. Those that are not on record yet are. */
+/** Which of the connections are not this instance's any more. Those that have no row yet are. */
 export async function departedConnections(pool: pg.Pool, ids: string[], instanceId: string): Promise<Departure[]> {
   const { rows } = await pool.query<Departure>(
     `select id, status, end_reasons as "endReasons" from connections

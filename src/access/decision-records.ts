@@ -1,4 +1,4 @@
-/** Decisions on record: one row a message, however many questions it carried. */
+/** Decisions on record: one row a message, however many questions it carried. A decision's id is the row's and its place. */
 import { randomUUIDv7 } from 'node:crypto'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
@@ -11,7 +11,7 @@ import type { Lease } from './leases.ts'
 export type Decided = { question: AccessQuestion; verdict: Verdict }
 
 /** `committed` has to be called once the entry is on disk: later answers by the same verdicts refer to it. */
-export type DecisionRecord = { id: string; entry: JournalEntry; committed: () => void }
+export type DecisionRecord = { entry: JournalEntry; committed: () => void }
 
 const decisionsTable: JournalTable = {
   name: 'decisions',
@@ -29,8 +29,17 @@ const decisionsTable: JournalTable = {
   ],
 }
 
-/** @param startedAt when the work on the message began, as `performance.now()` */
+/** For a row of decisions. Its last byte is left to the connections that they allow: see `connection-records.ts`. */
+export function newDecisionId(): string {
+  return `${randomUUIDv7().slice(0, -2)}00`
+}
+
+/**
+ * @param id by `newDecisionId`
+ * @param startedAt when the work on the message began, as `performance.now()`
+ */
 export function decisionEntry(
+  id: string,
   call: Call,
   deviceId: string,
   decided: Decided[],
@@ -40,17 +49,17 @@ export function decisionEntry(
   const { method, address, instanceId } = call
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
   const by = { caller: callerName(call.caller), method, address, instanceId }
-  return decisionRow(by, deviceId, decided, nowMs, latencyUs)
+  return decisionRow(id, by, deviceId, decided, nowMs, latencyUs)
 }
 
 function decisionRow(
+  id: string,
   by: { caller: string; method: string; address: string; instanceId: string },
   deviceId: string,
   decided: Decided[],
   nowMs: number,
   latencyUs: number,
 ): DecisionRecord {
-  const id = randomUUIDv7()
   const at = new Date(nowMs)
   const row = [
     at,
@@ -65,7 +74,6 @@ function decisionRow(
     `[${decided.map(({ question, verdict }) => recordText(verdict, question)).join(',')}]`,
   ]
   return {
-    id,
     entry: { table: decisionsTable, row },
     committed() {
       decided.forEach(({ question, verdict }, place) => {
@@ -80,7 +88,8 @@ export function revocationEntry(instanceId: string, clock: Clock) {
   return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
     const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
     const { question } = lease
-    const { id, entry } = decisionRow(by, question.deviceId, [{ question, verdict }], clock(), 0)
+    const id = newDecisionId()
+    const { entry } = decisionRow(id, by, question.deviceId, [{ question, verdict }], clock(), 0)
     return { entry, decisionId: `${id}.0` }
   }
 }

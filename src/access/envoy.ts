@@ -26,7 +26,7 @@ import type { CheckRequest, CheckResponse } from '../gen/envoy/service/auth/v3/e
 import { formatSpiffeId, isSafeId, parseSpiffeId } from '../identity/spiffe-id.ts'
 import type { Standing } from '../identity/standing.ts'
 import { type AuthorizeDeps, checkQuestion } from './authorize.ts'
-import { decisionEntry } from './decision-records.ts'
+import { decisionEntry, newDecisionId } from './decision-records.ts'
 import { parseForwardedCertificates } from './forwarded-certificate.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
@@ -84,12 +84,13 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       const user = await userOf(asked, call, deps)
       const question = checkQuestion({ id: '', user: user.name, service, action }, seen.deviceId, 'request')
       const { verdict } = await deps.decider.decide(question)
-      const decision = decisionEntry(call, seen.deviceId, [{ question, verdict }], deps.clock(), startedAt)
+      const decisionId = newDecisionId()
+      const decision = decisionEntry(decisionId, call, seen.deviceId, [{ question, verdict }], deps.clock(), startedAt)
       await deps.journal.append([decision.entry])
       decision.committed()
       call.audit.written = true
       counted(verdict.allow ? 'allow' : 'deny')
-      const told = { decisionId: `${decision.id}.0`, policyRevision: verdict.policyRevision }
+      const told = { decisionId: `${decisionId}.0`, policyRevision: verdict.policyRevision }
       return verdict.allow
         ? passOn(asked, seen.deviceId, user, told)
         : respond({ status: 403, reasons: verdict.reasons, ...told })

@@ -16,14 +16,13 @@
  *
  * Revoked and closed are ends of the connection, and final. Here so is moved: what comes back is another copy.
  */
-import { randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
-import { connectionEntry, departedConnections } from './connection-records.ts'
+import { connectionEntry, departedConnections, recordedAfterMs } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import type { PolicyEngine, PolicyReason } from './policy-engine.ts'
 import { assertionExpired } from './user-assertion.ts'
@@ -39,6 +38,8 @@ export type Lease = {
   role: string
   state: LeaseState
   grantedAtMs: number
+  /** It has a row of its own, or will have. */
+  recorded: boolean
   /** When the verdict that it stands on expires, or the user's assertion if that is sooner. */
   expiresAtMs: number
   /** How often it has been asked to be decided anew: what was asked earlier and is answered later does not count. */
@@ -63,31 +64,35 @@ export type Revocation = {
   sinceMs: number | undefined
 }
 
-/** Those of a connection that is resumed are given; a new one gets its own. */
-type Granted = Omit<Lease, 'id' | 'state' | 'grantedAtMs' | 'resumeBy' | 'turn'> & {
-  id?: string | undefined
+/** `grantedAtMs`: of a connection that is resumed, and so has a row; default: now, and it has none yet. */
+export type Granted = Omit<Lease, 'state' | 'grantedAtMs' | 'recorded' | 'resumeBy' | 'turn'> & {
   grantedAtMs?: number | undefined
 }
 
 export type Leases = {
   /**
-   * From here on the lease is watched: before it is on record, so that no change falls between. One with the same id that
-   * there is here has moved.
+   * From here on the lease is watched: before its decision is on record, so that no change falls between. One with the same
+   * id that there is here has moved.
    *
    * @param decidedBy the revision of the policy that allowed it; if that has been replaced meanwhile, it is decided anew
    */
   grant(lease: Granted, decidedBy?: string): Lease
   /** It is taken back for something that no change of its ground has shown. */
   revoke(lease: Lease, reasons: PolicyReason[]): void
-  /** Their holder ends them. @returns those that had not ended before */
-  close(leases: readonly Lease[]): Lease[]
+  /**
+   * Their holder ends them.
+   *
+   * @param noted what to put on record of those that have no row
+   * @returns those that had not ended before
+   */
+  close(leases: readonly Lease[], noted: (ids: string[]) => JournalEntry): Lease[]
   /**
    * The holder is gone. At most `suspendedPerDeviceMax` of a device wait; beyond that those that have waited longest are closed.
    *
    * @param resumeByMs by the database's clock; default: for the grace time from now on
    */
   suspend(leases: Iterable<Lease>, resumeByMs?: number): void
-  /** It was never told to anybody, and its record is left to the caller's batch. */
+  /** It was never told to anybody. */
   drop(lease: Lease): void
   /** Looks up which of these connections have ended or moved elsewhere. @throws when the database can't be asked */
   reconcile(ids: Iterable<string>, sinceMs?: number): Promise<void>
@@ -114,7 +119,7 @@ export type LeasesOptions = {
   onState: (lease: Lease) => void
 }
 
-/** How often leases are looked through for what has expired: about 5 ns a lease. */
+/** How often leases are looked through for what has expired, or has to get a row: about 5 ns a lease. */
 const sweepMs = 200
 /** Leases decided anew at the same time: keeps a policy server's queue short. */
 const underWayMax = 64
@@ -122,6 +127,8 @@ const underWayMax = 64
 const retryMs = 500
 /** Leases of one device that wait to be resumed: as many as a stream may hold. */
 export const suspendedPerDeviceMax = 4_096
+/** Rows of connections that wait for the journal as one. */
+const recordedAtOnceMax = 500
 /** Leases looked up in one statement. */
 const reconciledAtOnceMax = 5_000
 
@@ -163,7 +170,10 @@ export function createLeases(options: LeasesOptions): Leases {
     return true
   }
 
-  const entryOf = (lease: Lease, reasons: PolicyReason[] = []) => connectionEntry(lease, instanceId, clock(), reasons)
+  function entryOf(lease: Lease, reasons: PolicyReason[] = []): JournalEntry {
+    lease.recorded = true
+    return connectionEntry(lease, instanceId, clock(), reasons)
+  }
 
   function revoke(lease: Lease, revocation: Omit<Revocation, 'lease'>, decision?: JournalEntry): void {
     if (!become(lease, 'revoked')) return
@@ -301,14 +311,18 @@ export function createLeases(options: LeasesOptions): Leases {
       if (lease.resumeBy && lease.resumeBy.getTime() <= databaseNow) closeUnresumed(lease)
     }
     for (const lease of those(({ expiresAtMs }) => expiresAtMs <= now)) enqueue([lease], lease.expiresAtMs)
+    const lasting = those(({ recorded, grantedAtMs }) => !recorded && Math.abs(now - grantedAtMs) >= recordedAfterMs)
+    for (let at = 0; at < lasting.length; at += recordedAtOnceMax) {
+      options.record(lasting.slice(at, at + recordedAtOnceMax).map(lease => entryOf(lease)))
+    }
   }, sweepMs)
   sweeping.unref()
 
   return {
     grant(wanted, decidedBy = engine.revision()) {
-      const before = wanted.id && watched.get(wanted.id)
+      const { id, grantedAtMs = clock() } = wanted
+      const before = watched.get(id)
       if (before) move(before)
-      const [id, grantedAtMs] = [wanted.id ?? randomUUIDv7(), wanted.grantedAtMs ?? clock()]
       // One by one: spreading the object is the dearest part of it.
       const lease: Lease = {
         id,
@@ -319,6 +333,7 @@ export function createLeases(options: LeasesOptions): Leases {
         role: wanted.role,
         state: 'active',
         grantedAtMs,
+        recorded: wanted.grantedAtMs !== undefined,
         expiresAtMs: wanted.expiresAtMs,
         assertedUntilMs: wanted.assertedUntilMs,
         turn: 0,
@@ -334,9 +349,16 @@ export function createLeases(options: LeasesOptions): Leases {
       return lease
     },
     revoke: (lease, reasons) => takeBack(lease, reasons),
-    close(leases) {
+    close(leases, noted) {
       const closed = leases.filter(lease => become(lease, 'closed'))
-      if (closed.length > 0) options.record(closed.map(lease => entryOf(lease)))
+      const entries: JournalEntry[] = []
+      const withoutRow: string[] = []
+      for (const lease of closed) {
+        if (lease.recorded) entries.push(entryOf(lease))
+        else withoutRow.push(lease.id)
+      }
+      if (withoutRow.length > 0) entries.push(noted(withoutRow))
+      if (entries.length > 0) options.record(entries)
       return closed
     },
     suspend(leases, resumeByMs = feed.databaseTimeMs(clock()) + graceMs) {
@@ -354,7 +376,9 @@ export function createLeases(options: LeasesOptions): Leases {
       }
       if (entries.length > 0) options.record(entries)
     },
-    drop: lease => void become(lease, 'closed'),
+    drop(lease) {
+      if (become(lease, 'closed') && lease.recorded) options.record([entryOf(lease)])
+    },
     reconcile,
     activeByService() {
       const counts = new Map<string, number>()

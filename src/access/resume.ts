@@ -19,7 +19,7 @@ import {
 } from './authorize.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
-import { decisionEntry } from './decision-records.ts'
+import { decisionEntry, newDecisionId } from './decision-records.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
@@ -82,7 +82,8 @@ export function createResume(deps: ResumeDeps): Resume {
       if (decided.length === 0) return inOrder(ids, answers)
 
       // Step 4: On record before it is allowed. A denial ends the connection.
-      const { id: decision, entry, committed } = decisionEntry(call, deviceId, decided, clock(), startedAt)
+      const decision = newDecisionId()
+      const { entry, committed } = decisionEntry(decision, call, deviceId, decided, clock(), startedAt)
       decided.forEach(({ lease, verdict }, at) => {
         lease.decisionId = `${decision}.${at}`
         if (!verdict.allow) leases.revoke(lease, verdict.reasons)
@@ -115,7 +116,8 @@ export function createResume(deps: ResumeDeps): Resume {
     const question = questionOf(claim, stream.deviceId)
     const { id, grantedAtMs } = claim
     const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
-    const known = { id, grantedAtMs, questionId: '', assertedUntilMs, push, moved: stream.moved }
+    const { moved } = stream
+    const known = { id, decisionId: claim.decisionId, grantedAtMs, questionId: '', assertedUntilMs, push, moved }
     const { verdict, lease } = await decideAndLease(deps, question, known)
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
     return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }

@@ -29,6 +29,8 @@ export type AdminDeps = {
   clock: Clock
   /** HEALTH_CHECK_MAX_AGE_MINUTES. */
   maxAgeMs: number
+  /** LEASE_GRACE_SECONDS. */
+  leaseGraceMs: number
   /** ENROLLMENT_TOKEN_SECRET: what the hashes of tokens are made under. */
   tokenSecret: string
   authority: AuthorityDeps

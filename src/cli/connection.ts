@@ -22,7 +22,7 @@ Examples:
 
 function listCommand(): Command {
   return listing(connecting(new Command('list')))
-    .description('connections, and why those that ended have ended')
+    .description('connections that have lasted two seconds or were taken back, and why those that ended have ended')
     .option('--device <id>', 'only those of this device')
     .addOption(new Option('--status <status>', 'only those of this status').choices(wordsOf(ConnectionStatus)))
     .addHelpText(

@@ -1,11 +1,19 @@
 import test, { type ExecutionContext } from 'ava'
-import fc from 'fast-check'
-import { claimConnections, connectionEntry, departedConnections } from '../../src/access/connection-records.ts'
+import {
+  claimConnections,
+  connectionEntry,
+  connectionIdOf,
+  departedConnections,
+  recordFromDecisions,
+} from '../../src/access/connection-records.ts'
+import type { Verdict } from '../../src/access/decide.ts'
+import { decisionEntry, newDecisionId } from '../../src/access/decision-records.ts'
 import type { Lease } from '../../src/access/leases.ts'
-import { type Journal, startJournal } from '../../src/audit/journal.ts'
-import { rowText } from '../../src/audit/journal-table.ts'
+import { callEntry, type Journal, startJournal } from '../../src/audit/journal.ts'
 import { sealKeyFrom } from '../../src/audit/seals.ts'
+import type { Call } from '../../src/caller.ts'
 import { systemClock } from '../../src/clock.ts'
+import { AuthorizeServiceService } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from '../support/postgres.ts'
 
@@ -29,7 +37,7 @@ async function start(t: ExecutionContext) {
     (await pool.query('select instance_id as instance, status, resume_by is not null as waits from connections'))
       .rows[0]
   const claim = async (instanceId: string, deviceId = 'alpha') =>
-    (await claimConnections(pool, { ids: [id], deviceId, instanceId })).get(id)?.claimed
+    (await claimConnections(pool, { ids: [id], deviceId, instanceId, graceMs: 30_000 })).get(id)?.claimed
   return { pool, journal, record, claim }
 }
 
@@ -79,33 +87,68 @@ test('of instances that claim at once all but the last have lost it', async t =>
   }
 })
 
-const name = fc.oneof(fc.string({ maxLength: 8 }), fc.string({ unit: 'binary', maxLength: 8 }), fc.constant('\ud800'))
-const ms = fc.integer({ min: 0, max: 4_000_000_000_000 })
-const anyReason = fc.record({ code: name, field: name, actual: name, required: name, message: name })
+/** A call of the device alpha at instance a. */
+const callOf = (method: string) =>
+  ({
+    caller: { kind: 'device', id: 'alpha', spiffeId: 'spiffe://test/device/alpha' },
+    address: '192.0.2.1',
+    method,
+    instanceId: 'a',
+    startedAt: Date.now(),
+    audit: { target: 'device/alpha', detail: {}, written: false },
+  }) as unknown as Call
+const stream = callOf(AuthorizeServiceService.authorize.path)
 
-const anyLease = fc.record({
-  id: fc.uuid(),
-  questionId: name,
-  question: fc.record({ deviceId: name, user: name, service: name, action: name }),
-  userId: name,
-  serviceId: name,
-  role: name,
-  state: fc.constantFrom('active', 'suspended', 'revoked', 'closed'),
-  grantedAtMs: ms,
-  expiresAtMs: ms,
-  decisionId: fc.uuid().map(id => `${id}.0`),
-  resumeBy: fc.option(
-    ms.map(at => new Date(at)),
-    { nil: undefined },
-  ),
-}) as fc.Arbitrary<Lease>
+/** Asked for by e-mail address, as its input knows. */
+const verdictOf = (allow: boolean) => {
+  const first = JSON.stringify({ ...question, user: 'ada@example.com', allow, input: { user: { id: 'ada' } } })
+  return { allow, onRecord: { first }, policyRevision: '1' } as unknown as Verdict
+}
 
-test('a connection is on record as its row says, whatever its names are', t => {
-  fc.assert(
-    fc.property(anyLease, name, ms, fc.array(anyReason, { maxLength: 2 }), (lease, instanceId, nowMs, reasons) => {
-      const { table, row, text } = connectionEntry(lease, instanceId, nowMs, reasons)
-      t.is(text, rowText(table, row))
-    }),
-    { numRuns: 2_000 },
+/** A message that was allowed one thing and denied another. @returns the id of its decision */
+async function decided(journal: Journal, call = stream, nowMs = Date.now()): Promise<string> {
+  const decisionId = newDecisionId()
+  const answers = [true, false].map(allow => ({ question, verdict: verdictOf(allow) }))
+  await journal.append([decisionEntry(decisionId, call, 'alpha', answers, nowMs, 0).entry])
+  return decisionId
+}
+
+test('a connection that was just allowed, and whose instance has died, is claimed by its decision', async t => {
+  const { pool, journal } = await start(t)
+  const decisionId = await decided(journal)
+  const ids = [connectionIdOf(decisionId, 0), connectionIdOf(decisionId, 1), connectionIdOf(decisionId, 2)]
+  const asked = { ids, deviceId: 'beta', instanceId: 'b', graceMs: 30_000 }
+  t.is((await claimConnections(pool, asked)).size, 0, 'not by another device')
+  const claims = await claimConnections(pool, { ...asked, deviceId: 'alpha' })
+  t.deepEqual([...claims.keys()], [ids[0]], 'what was denied is no connection')
+  t.like(claims.get(ids[0] as string), {
+    claimed: true,
+    status: 'active',
+    userId: 'ada',
+    serviceId: 'payroll',
+    action: 'connect',
+    decisionId: `${decisionId}.0`,
+  })
+  t.deepEqual(await departedConnections(pool, ids, 'a'), [{ id: ids[0], status: 'active', endReasons: null }])
+})
+
+test('several who need the row of one connection make one', async t => {
+  const { pool, journal } = await start(t)
+  const id = connectionIdOf(await decided(journal), 0)
+  const made = await Promise.all(Array.from({ length: 8 }, () => recordFromDecisions(pool, [id], 30_000)))
+  t.deepEqual(
+    made.filter(count => count > 0),
+    [1],
   )
+})
+
+test('no connection comes of one that was closed, of a decision of long ago, or of an answer to Check', async t => {
+  const { pool, journal } = await start(t)
+  const closed = connectionIdOf(await decided(journal), 0)
+  const event = { ...stream, audit: { ...stream.audit, detail: { closed: [closed] } } }
+  await journal.append([callEntry(event, { code: 'OK' })])
+  const old = connectionIdOf(await decided(journal, stream, Date.now() - 600_000), 0)
+  const checked = connectionIdOf(await decided(journal, callOf(AuthorizeServiceService.check.path)), 0)
+  t.is(await recordFromDecisions(pool, [closed, old, checked], 30_000), 0)
+  t.is(await recordFromDecisions(pool, [connectionIdOf(await decided(journal), 0)], 30_000), 1)
 })

@@ -55,6 +55,7 @@ export async function operator(t: ExecutionContext<unknown>) {
     db,
     clock: () => time.now,
     maxAgeMs: 300_000,
+    leaseGraceMs: 30_000,
     tokenSecret,
     authority,
     policy: {

@@ -118,7 +118,7 @@ test('only what was decided since then, and about the device that is named, is l
   }
   t.is(await lookedAt('--device', 'press-1'), 1)
   t.is(await lookedAt('--device', 'press-1', '--since', '4m'), 0)
-  t.is(await lookedAt('--device', 'press-1', '--since', '6m'), 1)
+  t.is(await lookedAt('--device', 'press-1', '--since', '60m'), 1)
 })
 
 test('more decisions than a page are all looked at, and lines beyond the limit are counted', withOpa, async t => {

@@ -97,11 +97,13 @@ for (const [name, shipped] of Object.entries(balancers)) {
     held = keepAuthorizations({ server, credentials: credentials!, onEnded: end => void ended.push(end) })
     const [answer] = await held.ask([{ user: 'ada', service: 'payroll' }])
     t.true(answer?.allowed)
-    const holder = async () =>
-      (await mesh.pool.query('select instance_id as id, status from connections')).rows[0] as {
-        id: string
-        status: string
-      }
+    const holder = async () => {
+      const { rows } = await mesh.pool.query<{ id: string; status: string }>(
+        'select instance_id as id, status from connections',
+      )
+      return rows[0] ?? { id: '', status: 'none' }
+    }
+    await eventually('the connection has lasted', async () => (await holder()).status === 'active')
     const stopped = (await holder()).id === mesh.server.instanceId ? mesh : second
     const other = stopped === mesh ? second : mesh
     // What reports there has to move, too.

@@ -305,6 +305,16 @@ export async function refused(call: Promise<unknown>): Promise<Refusal> {
   throw new Error('the call was not refused')
 }
 
+/** Whether the connection was closed, by what is on record: in its row, or where it has none in the event of that. */
+export async function wasClosed({ pool }: Pick<EdgeMesh, 'pool'>, connectionId: string): Promise<boolean> {
+  const { rowCount } = await pool.query(
+    `select from connections where id = $1 and status = 'closed'
+     union all select from audit_events where detail -> 'closed' ? $2 and code = 'OK'`,
+    [connectionId, connectionId],
+  )
+  return rowCount === 1
+}
+
 /** Waits for something that has to come true, and says what was missing when it does not. */
 export async function eventually<T>(what: string, probe: () => Promise<T | undefined | false> | T | undefined | false) {
   const until = Date.now() + 20_000

@@ -3,8 +3,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
+import { ConnectionStatus } from '../../src/gen/edgemesh/v1/admin.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { type EdgeMesh, eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, healthy, startEdgeMesh, unary, wasClosed } from '../support/edgemesh.ts'
 import { findOpa, policyDirectory, startOpa } from '../support/opa.ts'
 
 /** An administrator and a service that administrators may reach: business hours don't concern them. */
@@ -305,10 +306,43 @@ test('ending the stream closes its connections', async t => {
   const answer = await access.ask('ada', 'payroll')
   access.end()
   t.is(await access.ended, undefined)
-  await eventually('the connection is on record as closed', async () => {
-    const { rows } = await mesh.pool.query('select status from connections where id = $1', [answer.connectionId])
-    return rows[0]?.status === 'closed'
+  await eventually('the connection is on record as closed', () => wasClosed(mesh, answer.connectionId))
+})
+
+test('a connection that lasts is listed until it ends; of short ones there is one event for all that are closed at once', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const lasting = await access.ask('ada', 'payroll')
+  const listed = async () => {
+    const page = { deviceId: 'alpha', status: 0, pageSize: 0, pageToken: '' }
+    const { connections } = await unary(mesh.admin, 'listConnections', page)
+    return connections.map(({ id, status, decisionId }) => [id, status, decisionId])
+  }
+  await eventually('it is listed', async () => (await listed()).length > 0)
+  t.deepEqual(await listed(), [[lasting.connectionId, ConnectionStatus.ACTIVE, lasting.decisionId]])
+
+  const short = [await access.ask('ada', 'payroll'), await access.ask('ada', 'payroll')]
+  const ids = short.map(({ connectionId }) => connectionId)
+  access.send({ $case: 'close', value: { connectionIds: [...ids, lasting.connectionId] } })
+  await eventually('all are closed', async () => {
+    const closed = await Promise.all([...ids, lasting.connectionId].map(id => wasClosed(mesh, id)))
+    return closed.every(Boolean)
   })
+  t.deepEqual(await listed(), [[lasting.connectionId, ConnectionStatus.CLOSED, lasting.decisionId]])
+  const { rows } = await mesh.pool.query(`select actor, target, detail from audit_events where detail ? 'closed'`)
+  t.deepEqual(rows, [{ actor: device.identity.spiffeId, target: 'device/alpha', detail: { closed: ids } }])
+})
+
+test('an operator closes a connection that was allowed a moment ago', async t => {
+  const { mesh, device } = await start(t)
+  await heartbeats(t, mesh, device).beat(healthy)
+  const access = authorizations(t, mesh, device)
+  const { connectionId, decisionId } = await access.ask('ada', 'payroll')
+  const { connection } = await unary(mesh.admin, 'closeConnection', { id: connectionId, reason: 'maintenance' })
+  t.like(connection, { id: connectionId, status: ConnectionStatus.REVOKED, decisionId, userId: 'ada' })
+  const { reasons } = await access.revocationOf(connectionId)
+  t.deepEqual(codes(reasons), ['CLOSED_BY_OPERATOR'])
 })
 
 test('the metrics show what happened under the names that dashboards know', async t => {

@@ -72,7 +72,7 @@ for (const [what, table, act] of [
   ['an enrollment', 'certificates', ({ mesh }) => mesh.enroll()],
   ['an administrative change', 'users', ({ mesh }) => unary(mesh.admin, 'updateUser', { id: 'ada', name: 'Augusta' })],
   ['a heartbeat', 'health_reports', ({ heart }) => heart.beat(healthy)],
-  ['an allowed connection', 'connections', ({ access }) => access.ask('ada', 'payroll')],
+  ['an allowed connection', 'decisions', ({ access }) => access.ask('ada', 'payroll')],
   ['a denied one', 'decisions', ({ access }) => access.ask('nobody', 'payroll')],
 ] as [string, string, (given: InUse) => Promise<unknown>][]) {
   test.serial(`${what} is acknowledged when it is in the database, and not before`, async t => {
@@ -147,6 +147,8 @@ test('whatever was acknowledged before kill -9 is there after the restart, and t
   await service.killAndRestart()
   const decisions = await only('select questions from decisions where id = $1', [answer.decisionId.split('.')[0]])
   t.true(decisions[0]?.questions[0].allow)
+  const [resumed] = await authorizations(t, service, device).resume([answer.connectionId])
+  t.true(resumed?.allowed)
   t.deepEqual(await only('select device_id, service_id from connections where id = $1', [answer.connectionId]), [
     { device_id: id, service_id: 'payroll' },
   ])
