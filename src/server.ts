@@ -267,6 +267,7 @@ async function compose(
       settle: settleIn(db.pool, 'RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
     }),
     onDecisions: metrics.decisions,
+    onUndecided: metrics.undecided,
     onConnection: metrics.connection,
   }
   const resume = createResume({

@@ -46,6 +46,8 @@ export type AuthorizeDeps = {
   /** Those of one message, and how long they took. */
   onDecisions: (allowed: number, denied: number, seconds: number) => void
   onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
+  /** Those of one message that can't be decided now. */
+  onUndecided: (questions: number, reason: string) => void
 }
 
 export type ContinuousDeps = AuthorizeDeps & {
@@ -316,9 +318,11 @@ export function createAuthorize(deps: ContinuousDeps) {
         if (kind?.$case === 'questions') {
           const { questions, userAssertion = '' } = kind.value
           bounded('questions.questions', questions.length)
-          const answers = await ask(questions, userAssertion).catch(error =>
-            questions.map(({ id }) => undecided(id, error)),
-          )
+          const answers = await ask(questions, userAssertion).catch(error => {
+            const denials = questions.map(({ id }) => undecided(id, error))
+            deps.onUndecided(denials.length, denials[0]?.reasons[0]?.code ?? '')
+            return denials
+          })
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
           send({
@@ -331,9 +335,11 @@ export function createAuthorize(deps: ContinuousDeps) {
           send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
         } else if (kind?.$case === 'resume') {
           const { connectionIds: ids, userAssertion = '' } = kind.value
-          const answers = await resume(ids, userAssertion).catch(error =>
-            ids.map(id => ({ ...undecided('', error), connectionId: id })),
-          )
+          const answers = await resume(ids, userAssertion).catch(error => {
+            const denials = ids.map(id => ({ ...undecided('', error), connectionId: id }))
+            deps.onUndecided(denials.length, denials[0]?.reasons[0]?.code ?? '')
+            return denials
+          })
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'acknowledge') {
           bounded('acknowledge.connection_ids', kind.value.connectionIds.length)

@@ -22,6 +22,8 @@ import { MeterProvider } from '@opentelemetry/sdk-metrics'
 export type Metrics = {
   /** The decisions that one message asked for have been made, all within so many seconds. */
   decisions(allowed: number, denied: number, seconds: number): void
+  /** Questions on a stream could not be decided, for this reason. */
+  undecided(questions: number, reason: string): void
   /** An enrollment has ended: `enrolled`, or the reason of its refusal. Or it has begun to wait: `pending`. */
   enrollment(outcome: string): void
   /** A device has come back with an expired certificate: how, or the reason why it was refused. */
@@ -109,6 +111,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   const meter = provider.getMeter('edgemesh')
 
   const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
+  const undecided = tally(
+    meter,
+    'edgemesh_authorization_undecided_total',
+    'Questions on streams that could not be decided',
+    ['reason'],
+  )
   const enrollments = tally(
     meter,
     'edgemesh_device_enrollments_total',
@@ -154,6 +162,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   // Series that alerts compute rates of exist from the start, or their first increase would go unseen.
   decisions(0, 'allow')
   decisions(0, 'deny')
+  for (const reason of ['POLICY_UNAVAILABLE', 'AUDIT_UNAVAILABLE', 'DATABASE_UNAVAILABLE']) undecided(0, reason)
   heartbeats(0)
   auditRows(0)
   for (const why of ['not_http2', 'address_full']) refusedConnections(0, why)
@@ -171,6 +180,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
       if (denied > 0) decisions(denied, 'deny')
       decisionSeconds.record(seconds)
     },
+    undecided,
     enrollment: outcome => enrollments(1, outcome),
     recovery: outcome => recoveries(1, outcome),
     heartbeat: (count = 1) => heartbeats(count),

@@ -75,6 +75,7 @@ test('a connection that is taken back before its answer is denied, and on record
     assertions: undefined,
     onDecisions() {},
     onConnection() {},
+    onUndecided() {},
     revocations: watchRevocations({ clock, onPush() {}, onAcknowledge() {} }),
     graceMs: 30_000,
   } as unknown as ContinuousDeps)
