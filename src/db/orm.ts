@@ -97,6 +97,7 @@ export async function openDatabase(options: {
   })
   const connection = orm.em.getConnection() as PostgreSqlConnection
   const pool = await connection.getNativeClient()
+  freeThePlacesOfTheDead(pool)
 
   /** Runs `work` while no other instance migrates. The lock is the session's, so a dead instance gives it back. */
   async function alone<T>(work: () => Promise<T>): Promise<T> {
@@ -126,6 +127,24 @@ export async function openDatabase(options: {
     },
     close: () => orm.close(true),
   }
+}
+
+/**
+ * Kysely, which MikroORM's transactions run on, gives a connection back after a commit or a rollback that went well. One that
+ * dies within a transaction would keep its place in the pool for ever.
+ */
+function freeThePlacesOfTheDead(pool: pg.Pool): void {
+  const lent = new Set<pg.PoolClient>()
+  pool.on('acquire', client => lent.add(client))
+  pool.on('release', (_error, client) => lent.delete(client))
+  pool.on('connect', client => {
+    client.once('end', () => {
+      if (!lent.has(client)) return
+      client.release(true)
+      // Whoever has it yet may give it back a second time.
+      client.release = () => {}
+    })
+  })
 }
 
 /** The schema is older than this version, and the role that we are may not change it. */

@@ -1,6 +1,7 @@
 import test from 'ava'
 import { auditEntities } from '../../src/audit/entities.ts'
 import { isDatabaseOutage, openDatabase } from '../../src/db/orm.ts'
+import { inTransaction } from '../../src/db/transaction.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 test('a database URL that demands TLS is not answered in plain text', async t => {
@@ -49,6 +50,18 @@ test('migrations can be taken back and applied again', async t => {
   const { rows } = await db.pool.query("select to_regclass('devices') as devices")
   t.is(rows[0].devices, null)
   t.deepEqual(await db.migrate(), allMigrations)
+})
+
+test('a connection that dies within a transaction gives its place to the next one', async t => {
+  const { url } = await testDatabase(t)
+  const db = await openDatabase({ url, poolMax: 1, entities: auditEntities })
+  t.teardown(() => db.close())
+  for (let round = 0; round < 3; round++) {
+    const dying = db.em().transactional(em => em.execute('select pg_terminate_backend(pg_backend_pid())'))
+    await t.throwsAsync(dying, { message: /terminat/i })
+    await t.throwsAsync(inTransaction(db.pool, client => client.query('select pg_terminate_backend(pg_backend_pid())')))
+    t.deepEqual(await db.em().transactional(em => em.execute('select 1 as one')), [{ one: 1 }])
+  }
 })
 
 test('a server that is gone is told from a statement that is wrong', async t => {
