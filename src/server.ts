@@ -39,6 +39,7 @@ import { startChangeFeed } from './db/change-feed.ts'
 import { startEmbeddedPostgres } from './db/embedded.ts'
 import { type Database, openDatabase } from './db/orm.ts'
 import { maintainPartitions } from './db/partitions.ts'
+import { type ReadFrom, type Replicas, startReplicas } from './db/replicas.ts'
 import { applyRetention } from './db/retention.ts'
 import { ownAudit } from './db/service-role.ts'
 import { Fault } from './fault.ts'
@@ -112,6 +113,8 @@ const streamsPerConnectionMax = 256
 /** Removing what is old is no part of a start, which may be one of many: partitions are. */
 const retentionEveryMs = 600_000
 const dayMs = 86_400_000
+/** Connections to one replica: lists and reports are asked for by people, one page at a time. */
+const replicaPoolMax = 8
 /** Share of the time to drain in which devices are asked to leave, so that the last of them has the rest to do so. */
 const leavingShare = 0.5
 /** How often an instance that drains looks whether the last stream has gone. */
@@ -166,6 +169,9 @@ async function compose(
   }, retentionEveryMs)
   stops.push(() => clearInterval(retaining))
   const audit = await auditCheck(db, embedded, log)
+  // Before this instance is on record: what it writes from then on proves whom a replica follows.
+  const reports = await openReplicas(settings, db, metrics.reportRead, clock, log)
+  stops.push(reports.stop)
   const feed = await startChangeFeed({ url, instanceId, log, clock })
   stops.push(feed.stop)
   onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
@@ -183,7 +189,7 @@ async function compose(
   stops.push(journal.stop)
   const refusals = countRefusals({ journal, clock })
   stops.push(refusals.stop)
-  const follower = createFollower({ pool: db.pool, clock, log })
+  const follower = createFollower({ pool: db.pool, reports, clock, log })
   // Nobody has to wait for it; what one server does not get done, the next one that starts does.
   sealLeftovers({ pool: db.pool, key: sealKey, journal, instanceId, startedAtMs: clock() }).then(
     events => events > 0 && log.info({ events }, 'events of a server that was killed have been sealed'),
@@ -408,6 +414,7 @@ async function compose(
       envoyCheck: createEnvoyCheck({ ...authorizeDeps, standing, trustDomain }),
       admin: adminHandlers({
         db,
+        reports,
         clock,
         maxAgeMs: settings.health.maxAgeMs,
         leaseGraceMs: settings.leases.graceMs,
@@ -471,6 +478,7 @@ async function compose(
     revocationsUnacknowledged: revocations.unacknowledged,
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
+    replicas: reports.status,
     decisionCache: decider.stats,
     policy: () => ({ engine: settings.opa.url ? 'opa-server' : 'in-process', ...engine.status() }),
     feedLagSeconds: () => feed.lagMs() / 1_000,
@@ -559,6 +567,20 @@ async function openState(settings: Settings, log: Log, stops: (() => Promise<voi
   const db = await openDatabase({ url, poolMax: settings.database.poolMax, entities })
   stops.push(db.close)
   return { db, url, embedded }
+}
+
+async function openReplicas(
+  { database, instanceId }: Settings,
+  primary: Database,
+  onRead: (from: ReadFrom) => void,
+  clock: Clock,
+  log: Log,
+): Promise<Replicas> {
+  const replicas = database.replicaUrls.map(async url => ({
+    url,
+    db: await openDatabase({ url, poolMax: replicaPoolMax, entities }),
+  }))
+  return startReplicas({ primary, replicas: await Promise.all(replicas), instanceId, clock, log, onRead })
 }
 
 async function startEngine({ opa, policy }: Settings, clock: Clock, log: Log): Promise<PolicyEngine> {

@@ -372,7 +372,9 @@ const VARIABLES = {
   }),
   DATABASE_REPLICA_URLS: defaulted(databaseUrls, '', {
     secret: true,
-    meaning: 'read replicas, separated by commas, for reads that may lag; decisions never use them',
+    meaning:
+      'streaming replicas of the same database, separated by commas: lists and reports are read there once they have ' +
+      'caught up; decisions never use them',
   }),
   DATABASE_POOL_SIZE: defaulted(wholeNumber(1, 1_000), '20', {
     unit: 'connections',

@@ -9,6 +9,7 @@ import type { PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import type { AdminServiceServer } from '../gen/edgemesh/v1/admin.ts'
 import { auditEventHandlers } from './audit-events.ts'
 import { type AuditStreamDeps, auditStreamHandlers } from './audit-streams.ts'
@@ -26,6 +27,8 @@ import { userHandlers } from './users.ts'
 
 export type AdminDeps = {
   db: Database
+  /** Where lists and reports are read. */
+  reports: Reports
   clock: Clock
   /** HEALTH_CHECK_MAX_AGE_MINUTES. */
   maxAgeMs: number

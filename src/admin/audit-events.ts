@@ -3,7 +3,7 @@ import { z } from 'zod'
 import { AuditEvent } from '../audit/entities.ts'
 import type { EventRow } from '../audit/follow.ts'
 import type { Call } from '../caller.ts'
-import type { Database } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import type {
   AuditEvent as AuditEventMessage,
   SearchAuditEventsRequest,
@@ -29,7 +29,7 @@ const searchRequest = z.object({
   before: time.optional(),
 })
 
-export function auditEventHandlers({ db }: { db: Database }) {
+export function auditEventHandlers({ reports }: { reports: Reports }) {
   return {
     /**
      * The newest first. Filters match whole values; `after` is the first instant included and `before` the first one
@@ -38,29 +38,30 @@ export function auditEventHandlers({ db }: { db: Database }) {
     async searchAuditEvents(request: SearchAuditEventsRequest, call: Call): Promise<SearchAuditEventsResponse> {
       const { pageSize, pageToken, actor, method, target, code, after, before } = check(searchRequest, request)
       call.audit.target = 'audit-events'
-      const query = db
-        .em()
-        .createQueryBuilder(AuditEvent)
-        .orderBy({ at: 'desc', id: 'desc' })
-        .limit(pageSize + 1)
-      if (actor) query.andWhere({ actor })
-      if (method) query.andWhere({ method })
-      if (target) query.andWhere({ target })
-      if (code) query.andWhere({ code })
-      if (after) query.andWhere({ at: { $gte: after } })
-      if (before) query.andWhere({ at: { $lt: before } })
-      if (pageToken) {
-        const [at, id] = pageToken
-        // PostgreSQL counts microseconds, a Date only milliseconds: the time narrows the search to one partition, the
-        // row itself says the rest.
-        query.andWhere(
-          `(at, id) < (
-            select at, id from audit_events
-            where id = ? and at >= ?::timestamptz and at < ?::timestamptz + interval '1 millisecond')`,
-          [id, at, at],
-        )
-      }
-      const found = await query.getResultList()
+      const found = await reports.read(em => {
+        const query = em
+          .createQueryBuilder(AuditEvent)
+          .orderBy({ at: 'desc', id: 'desc' })
+          .limit(pageSize + 1)
+        if (actor) query.andWhere({ actor })
+        if (method) query.andWhere({ method })
+        if (target) query.andWhere({ target })
+        if (code) query.andWhere({ code })
+        if (after) query.andWhere({ at: { $gte: after } })
+        if (before) query.andWhere({ at: { $lt: before } })
+        if (pageToken) {
+          const [at, id] = pageToken
+          // PostgreSQL counts microseconds, a Date only milliseconds: the time narrows the search to one partition, the
+          // row itself says the rest.
+          query.andWhere(
+            `(at, id) < (
+              select at, id from audit_events
+              where id = ? and at >= ?::timestamptz and at < ?::timestamptz + interval '1 millisecond')`,
+            [id, at, at],
+          )
+        }
+        return query.getResultList()
+      })
       const { rows, nextPageToken } = cutPage(found, pageSize, event => [event.at.toISOString(), event.id])
       return { events: rows.map(eventMessage), nextPageToken }
     },

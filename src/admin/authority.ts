@@ -2,6 +2,7 @@
 import { z } from 'zod'
 import type { Call } from '../caller.ts'
 import type { Database } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import {
   AuthorityRole,
   AuthorityRotationStage,
@@ -52,7 +53,15 @@ const rotateRequest = z.object({ stage: specified(AuthorityRotationStage), force
 const holderKind = z.enum(['device', 'operator'])
 const progressRequest = z.object({ ...page(z.tuple([holderKind, id])), behindOnly: z.boolean() })
 
-export function authorityHandlers({ db, authority }: { db: Database; authority: AuthorityDeps }) {
+export function authorityHandlers({
+  db,
+  reports,
+  authority,
+}: {
+  db: Database
+  reports: Reports
+  authority: AuthorityDeps
+}) {
   return {
     async getAuthority(_request: GetAuthorityRequest, call: Call): Promise<GetAuthorityResponse> {
       call.audit.target = 'authority'
@@ -91,7 +100,7 @@ export function authorityHandlers({ db, authority }: { db: Database; authority: 
       call.audit.target = 'authority'
       const { recoveryMs } = authority
       const asked = { after, limit: pageSize + 1, behindOnly, recoveryMs }
-      const found = await holderProgress(db.em(), authority.current(), asked)
+      const found = await reports.read(em => holderProgress(em, authority.current(), asked))
       const { rows, nextPageToken } = cutPage(found, pageSize, holder => [holder.kind, holder.id])
       return { holders: rows.map(row => holderMessage(row, authority.trustDomain)), nextPageToken }
     },

@@ -5,6 +5,7 @@ import { Connection } from '../access/entities.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import {
   type CloseConnectionRequest,
@@ -33,22 +34,25 @@ const listRequest = z.object({
 })
 const closeRequest = z.object({ id: connectionId, reason })
 
-export function connectionHandlers({ db, clock, leaseGraceMs }: { db: Database; clock: Clock; leaseGraceMs: number }) {
+type Deps = { db: Database; reports: Reports; clock: Clock; leaseGraceMs: number }
+
+export function connectionHandlers({ db, reports, clock, leaseGraceMs }: Deps) {
   return {
     /** The newest first. Those that were closed in their first seconds are in none of the lists. */
     async listConnections(request: ListConnectionsRequest, call: Call): Promise<ListConnectionsResponse> {
       const { pageSize, pageToken: after, deviceId, status } = check(listRequest, request)
       call.audit.target = deviceId ? `device/${deviceId}` : 'connections'
-      const query = db
-        .em()
-        .createQueryBuilder(Connection)
-        .orderBy({ grantedAt: 'desc', id: 'desc' })
-        .limit(pageSize + 1)
-      if (deviceId) query.andWhere({ deviceId })
-      if (status !== ConnectionStatus.UNSPECIFIED) query.andWhere({ status: statusName(status) })
-      // The time is looked up rather than carried: PostgreSQL counts microseconds, a Date only milliseconds.
-      if (after) query.andWhere('(granted_at, id) < (select granted_at, id from connections where id = ?)', after)
-      const found = await query.getResultList()
+      const found = await reports.read(em => {
+        const query = em
+          .createQueryBuilder(Connection)
+          .orderBy({ grantedAt: 'desc', id: 'desc' })
+          .limit(pageSize + 1)
+        if (deviceId) query.andWhere({ deviceId })
+        if (status !== ConnectionStatus.UNSPECIFIED) query.andWhere({ status: statusName(status) })
+        // The time is looked up rather than carried: PostgreSQL counts microseconds, a Date only milliseconds.
+        if (after) query.andWhere('(granted_at, id) < (select granted_at, id from connections where id = ?)', after)
+        return query.getResultList()
+      })
       const { rows, nextPageToken } = cutPage(found, pageSize, connection => [connection.id])
       return { connections: rows.map(connectionMessage), nextPageToken }
     },

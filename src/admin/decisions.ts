@@ -8,7 +8,7 @@ import { z } from 'zod'
 import type { DecidedQuestion } from '../access/entities.ts'
 import type { AuthzInput, PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
-import type { Database } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import type {
   Decision as DecisionMessage,
@@ -70,7 +70,13 @@ const selectDecisions = `
       and earlier.at = (asked.question ->> 'inputAt')::timestamptz
   ) first on true`
 
-export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<PolicyEngine, 'revision' | 'explain'> }) {
+export function decisionHandlers({
+  reports,
+  policy,
+}: {
+  reports: Reports
+  policy: Pick<PolicyEngine, 'revision' | 'explain'>
+}) {
   return {
     /**
      * The newest first; the questions of one message in the order in which they were asked. `after` is the first instant
@@ -82,7 +88,7 @@ export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<Po
       const [lastRow = null, lastPosition = null] = pageToken ?? []
       // The rest of the row where the page before ended, and the rows older than that. The time is looked up rather
       // than carried: PostgreSQL counts microseconds, a Date only milliseconds.
-      const { rows: found } = await db.pool.query<DecisionRow>(
+      const { rows: found } = await reports.query<DecisionRow>(
         `${selectDecisions}
          where ($1 = '' or decision.device_id = $1)
            and ($2::uuid is null
@@ -101,7 +107,7 @@ export function decisionHandlers({ db, policy }: { db: Database; policy: Pick<Po
     async getDecision(request: GetDecisionRequest, call: Call): Promise<GetDecisionResponse> {
       const { id, explain } = check(getRequest, request)
       call.audit.target = `decision/${id.join('.')}`
-      const { rows } = await db.pool.query<DecisionRow>(
+      const { rows } = await reports.query<DecisionRow>(
         `${selectDecisions} where decision.id = $1 and asked.ordinality - 1 = $2::int`,
         id,
       )

@@ -3,6 +3,7 @@ import { z } from 'zod'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
@@ -103,7 +104,17 @@ const listRequest = z.object({
 const idRequest = z.object({ id })
 const reasonRequest = z.object({ id, reason })
 
-export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: Clock; maxAgeMs: number }) {
+export function deviceHandlers({
+  db,
+  reports,
+  clock,
+  maxAgeMs,
+}: {
+  db: Database
+  reports: Reports
+  clock: Clock
+  maxAgeMs: number
+}) {
   const steps = deviceSteps({ db, clock })
 
   /** @returns the device, if it is still there */
@@ -118,19 +129,20 @@ export function deviceHandlers({ db, clock, maxAgeMs }: { db: Database; clock: C
     async listDevices(request: ListDevicesRequest, call: Call): Promise<ListDevicesResponse> {
       const { pageSize, pageToken: after, status, labels, presence } = check(listRequest, request)
       call.audit.target = 'devices'
-      const em = db.em()
-      const query = em
-        .createQueryBuilder(Device)
-        .orderBy({ id: 'asc' })
-        .limit(pageSize + 1)
-      const statusName = deviceStatusName(status)
-      if (after) query.andWhere({ id: { $gt: after[0] } })
-      if (statusName) query.andWhere({ status: statusName })
-      const presenceName = presenceNameOf(presence)
-      if (presenceName) query.andWhere(`${presenceOf('id', maxAgeMs)} = ?`, [presenceName])
-      if (Object.keys(labels).length > 0) query.andWhere('labels @> ?::jsonb', [JSON.stringify(labels)])
-      const { rows, nextPageToken } = cutPage(await query.getResultList(), pageSize, device => [device.id])
-      return { devices: await deviceMessages(em, rows, maxAgeMs), nextPageToken }
+      return reports.read(async em => {
+        const query = em
+          .createQueryBuilder(Device)
+          .orderBy({ id: 'asc' })
+          .limit(pageSize + 1)
+        const statusName = deviceStatusName(status)
+        if (after) query.andWhere({ id: { $gt: after[0] } })
+        if (statusName) query.andWhere({ status: statusName })
+        const presenceName = presenceNameOf(presence)
+        if (presenceName) query.andWhere(`${presenceOf('id', maxAgeMs)} = ?`, [presenceName])
+        if (Object.keys(labels).length > 0) query.andWhere('labels @> ?::jsonb', [JSON.stringify(labels)])
+        const { rows, nextPageToken } = cutPage(await query.getResultList(), pageSize, device => [device.id])
+        return { devices: await deviceMessages(em, rows, maxAgeMs), nextPageToken }
+      })
     },
 
     async getDevice(request: GetDeviceRequest, call: Call): Promise<GetDeviceResponse> {

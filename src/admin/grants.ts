@@ -4,6 +4,7 @@ import { RoleGrant, Service } from '../access/entities.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import type {
   DeleteRoleGrantRequest,
@@ -38,7 +39,7 @@ const setRequest = z.object({ grant: z.object({ role, service, actions }, { erro
 const listRequest = z.object(page(z.tuple([role, service])))
 const deleteRequest = z.object({ role, service })
 
-export function grantHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function grantHandlers({ db, reports, clock }: { db: Database; reports: Reports; clock: Clock }) {
   return {
     async setRoleGrant(request: SetRoleGrantRequest, call: Call): Promise<SetRoleGrantResponse> {
       const { grant } = check(setRequest, request)
@@ -62,13 +63,14 @@ export function grantHandlers({ db, clock }: { db: Database; clock: Clock }) {
     async listRoleGrants(request: ListRoleGrantsRequest, call: Call): Promise<ListRoleGrantsResponse> {
       const { pageSize, pageToken: after } = check(listRequest, request)
       call.audit.target = 'grants'
-      const query = db
-        .em()
-        .createQueryBuilder(RoleGrant)
-        .orderBy({ role: 'asc', service: 'asc' })
-        .limit(pageSize + 1)
-      if (after) query.where('(role, service) > (?, ?)', after)
-      const found = await query.getResultList()
+      const found = await reports.read(em => {
+        const query = em
+          .createQueryBuilder(RoleGrant)
+          .orderBy({ role: 'asc', service: 'asc' })
+          .limit(pageSize + 1)
+        if (after) query.where('(role, service) > (?, ?)', after)
+        return query.getResultList()
+      })
       const { rows, nextPageToken } = cutPage(found, pageSize, grant => [grant.role, grant.service])
       return { grants: rows.map(grantMessage), nextPageToken }
     },

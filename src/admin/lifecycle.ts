@@ -9,6 +9,7 @@ import { z } from 'zod'
 import type { Call, OwnEvents } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import type { Database } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import { LifecycleRule } from '../fleet/entities.ts'
 import { presentDevices } from '../fleet/presence.ts'
@@ -47,7 +48,7 @@ const setRequest = z.object({ rule })
 const listRequest = z.object(page(z.tuple([id])))
 const deleteRequest = z.object({ id })
 
-export function lifecycleHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function lifecycleHandlers({ db, reports, clock }: { db: Database; reports: Reports; clock: Clock }) {
   return {
     async setLifecycleRule(request: SetLifecycleRuleRequest, call: Call): Promise<SetLifecycleRuleResponse> {
       const { action, ...given } = check(setRequest, request).rule
@@ -70,9 +71,9 @@ export function lifecycleHandlers({ db, clock }: { db: Database; clock: Clock })
     async listLifecycleRules(request: ListLifecycleRulesRequest, call: Call): Promise<ListLifecycleRulesResponse> {
       const { pageSize, pageToken: after } = check(listRequest, request)
       call.audit.target = 'lifecycle-rules'
-      const found = await db
-        .em()
-        .find(LifecycleRule, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 })
+      const found = await reports.read(em =>
+        em.find(LifecycleRule, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 }),
+      )
       const { rows, nextPageToken } = cutPage(found, pageSize, kept => [kept.id])
       return { rules: rows.map(ruleMessage), nextPageToken }
     },

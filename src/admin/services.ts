@@ -5,6 +5,7 @@ import { RoleGrant, Service } from '../access/entities.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import {
   type CreateServiceRequest,
@@ -42,7 +43,7 @@ const updateRequest = z.object({
   status: specified(ServiceStatus).optional(),
 })
 
-export function serviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function serviceHandlers({ db, reports, clock }: { db: Database; reports: Reports; clock: Clock }) {
   return {
     async createService(request: CreateServiceRequest, call: Call): Promise<CreateServiceResponse> {
       const asked = check(createRequest, request)
@@ -74,9 +75,9 @@ export function serviceHandlers({ db, clock }: { db: Database; clock: Clock }) {
     async listServices(request: ListServicesRequest, call: Call): Promise<ListServicesResponse> {
       const { pageSize, pageToken: after } = check(listRequest, request)
       call.audit.target = 'services'
-      const found = await db
-        .em()
-        .find(Service, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 })
+      const found = await reports.read(em =>
+        em.find(Service, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 }),
+      )
       const { rows, nextPageToken } = cutPage(found, pageSize, service => [service.id])
       return { services: rows.map(serviceMessage), nextPageToken }
     },

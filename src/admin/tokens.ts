@@ -3,6 +3,7 @@ import { z } from 'zod'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, type EntityManager, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import type { DeviceTypeName } from '../fleet/entities.ts'
 import {
@@ -81,11 +82,13 @@ const revokeRequest = z.object({ id, revokeDevices: z.boolean(), reason })
 
 export function tokenHandlers({
   db,
+  reports,
   clock,
   tokenSecret,
   authority,
 }: {
   db: Database
+  reports: Reports
   clock: Clock
   tokenSecret: string
   /** What the text of a token made now has to pin: the root under which the servers' certificates are issued. */
@@ -143,11 +146,15 @@ export function tokenHandlers({
     ): Promise<ListEnrollmentTokensResponse> {
       const { pageSize, pageToken: after } = check(listRequest, request)
       call.audit.target = 'tokens'
-      const found = await db
-        .em()
-        .find(EnrollmentToken, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 })
+      const found = await reports.read(em =>
+        em.find(EnrollmentToken, after ? { id: { $gt: after[0] } } : {}, {
+          orderBy: { id: 'asc' },
+          limit: pageSize + 1,
+        }),
+      )
       const { rows, nextPageToken } = cutPage(found, pageSize, token => [token.id])
       const redemptions = await newestRedemptions(
+        reports,
         rows.map(token => token.id),
         redemptionsListedMax,
       )
@@ -194,14 +201,18 @@ export function tokenHandlers({
   }
 
   async function shown(token: EnrollmentToken): Promise<EnrollmentTokenMessage> {
-    const redemptions = await newestRedemptions([token.id], redemptionsShownMax)
+    const redemptions = await newestRedemptions(db.pool, [token.id], redemptionsShownMax)
     return tokenMessage(token, redemptions.get(token.id) ?? [], clock())
   }
 
   /** The newest redemptions of each of these tokens, by the token's id. */
-  async function newestRedemptions(tokenIds: string[], max: number): Promise<Map<string, TokenRedemption[]>> {
+  async function newestRedemptions(
+    from: Pick<Reports, 'query'>,
+    tokenIds: string[],
+    max: number,
+  ): Promise<Map<string, TokenRedemption[]>> {
     const em = db.em()
-    const { rows } = await db.pool.query(
+    const { rows } = await from.query(
       `select newest.token_id, newest.public_key_sha256, newest.device_id, newest.source_address, newest.redeemed_at
        from unnest($1::text[]) as token (id)
        cross join lateral (

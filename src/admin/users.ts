@@ -6,6 +6,7 @@ import { User } from '../access/entities.ts'
 import type { Call } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { type Database, LockMode } from '../db/orm.ts'
+import type { Reports } from '../db/replicas.ts'
 import { Fault } from '../fault.ts'
 import {
   type CreateUserRequest,
@@ -36,7 +37,7 @@ const updateRequest = z.object({
 })
 const deleteRequest = z.object({ id })
 
-export function userHandlers({ db, clock }: { db: Database; clock: Clock }) {
+export function userHandlers({ db, reports, clock }: { db: Database; reports: Reports; clock: Clock }) {
   return {
     async createUser(request: CreateUserRequest, call: Call): Promise<CreateUserResponse> {
       const asked = check(createRequest, request)
@@ -64,9 +65,9 @@ export function userHandlers({ db, clock }: { db: Database; clock: Clock }) {
     async listUsers(request: ListUsersRequest, call: Call): Promise<ListUsersResponse> {
       const { pageSize, pageToken: after } = check(listRequest, request)
       call.audit.target = 'users'
-      const found = await db
-        .em()
-        .find(User, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 })
+      const found = await reports.read(em =>
+        em.find(User, after ? { id: { $gt: after[0] } } : {}, { orderBy: { id: 'asc' }, limit: pageSize + 1 }),
+      )
       const { rows, nextPageToken } = cutPage(found, pageSize, user => [user.id])
       return { users: rows.map(userMessage), nextPageToken }
     },

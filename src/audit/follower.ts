@@ -66,6 +66,8 @@ type Live = { tables: ReadonlySet<AuditTable>; queue: Found[]; queued: number; o
 
 export function createFollower(options: {
   pool: pg.Pool
+  /** Where those who catch up read. It has all that `pool` had when it is asked. */
+  reports: Pick<pg.Pool, 'query'>
   clock: Clock
   log: Log
   /** Between two looks. */
@@ -73,7 +75,7 @@ export function createFollower(options: {
   /** Records and seals that wait for a live reader. */
   queuedMax?: number
 }): AuditFollower {
-  const { pool, clock, log, everyMs = lookEveryMs, queuedMax = queuedMaxDefault } = options
+  const { pool, reports, clock, log, everyMs = lookEveryMs, queuedMax = queuedMaxDefault } = options
   const live = new Set<Live>()
   const ending = new AbortController()
   let followers = 0
@@ -128,9 +130,9 @@ export function createFollower(options: {
 
   async function* catchUp({ checkpoint, tables }: Following, signal: AbortSignal): AsyncGenerator<Followed> {
     for (let isLast = false; !isLast; ) {
-      const page = await sealsAfter(pool, checkpoint, clock())
+      const page = await sealsAfter(reports, checkpoint, clock())
       for (const seal of page.seals) {
-        for await (const records of recordsOf(pool, seal, tables)) {
+        for await (const records of recordsOf(reports, seal, tables)) {
           signal.throwIfAborted()
           yield { records, whole: false }
         }

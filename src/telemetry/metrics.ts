@@ -40,6 +40,8 @@ export type Metrics = {
   refusedConnection(why: string): void
   /** A batch of audit rows has been committed. */
   auditCommit(rows: number, seconds: number): void
+  /** A list or report was read at `replica`, or at `primary` although there are replicas, and then why. */
+  reportRead(from: string): void
   /** A revocation has been pushed, so many seconds after its ground went. */
   revocationPush(seconds: number): void
   /** The device has acknowledged it. */
@@ -68,12 +70,20 @@ export type MetricSources = {
   /** By method. */
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
+  replicas: () => readonly ReplicaSource[]
   decisionCache: () => { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<string, number> }
   policy: () => PolicySource
   /** How far the change feed is behind. */
   feedLagSeconds: () => number
   /** Ends of the lives of authorities and of the server's certificate, ms since epoch, with what they are the ends of. */
   expiries: () => readonly Expiry[]
+}
+
+export type ReplicaSource = {
+  name: string
+  state: string
+  lagMs: number | undefined
+  lagBytes: number | undefined
 }
 
 export type Expiry =
@@ -142,6 +152,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     'Connections ended when their handshake was over, by why',
     ['why'],
   )
+  const reportReads = tally(
+    meter,
+    'edgemesh_report_reads_total',
+    'Lists and reports read, where there are replicas, by where and why there',
+    ['where', 'why'],
+  )
   const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
   const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
     description: 'Time from a message to the decisions that it asked for',
@@ -191,6 +207,10 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     auditCommit(rows, seconds) {
       auditRows(rows)
       commitSeconds.record(seconds)
+    },
+    reportRead(from) {
+      const [where = '', why = ''] = from.split(': ')
+      reportReads(1, where, why)
     },
     revocationPush: seconds => revocationPushSeconds.record(seconds),
     revocationAcknowledged: seconds => revocationAcknowledgedSeconds.record(seconds),
@@ -257,7 +277,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, devicesByPresence, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
   const { connectionsSuspended, revocationsUnacknowledged } = sources
-  const { pool, decisionCache, policy, feedLagSeconds, expiries } = sources
+  const { pool, replicas, decisionCache, policy, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
     meter.createObservableGauge(name, { description }).addCallback(read)
@@ -318,6 +338,7 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
       each('cause', () => decisionCache().invalidations),
     )
   }
+  if (replicas) watchReplicas(meter, replicas)
   if (policy) watchPolicy(meter, policy)
   if (expiries) watchExpiries(meter, expiries)
   if (feedLagSeconds) {
@@ -325,6 +346,31 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
       result.observe(feedLagSeconds()),
     )
   }
+}
+
+function watchReplicas(meter: Meter, read: () => readonly ReplicaSource[]): void {
+  meter
+    .createObservableGauge('edgemesh_replica_ready', {
+      description: '1 for replicas that lists and reports are read from',
+    })
+    .addCallback(result => {
+      for (const { name, state } of read()) result.observe(state === 'ready' ? 1 : 0, { replica: name })
+    })
+  meter
+    .createObservableGauge('edgemesh_replica_lag_seconds', {
+      description:
+        'How long ago a replica had all that the primary had; while it is ready, how long it took to have it',
+    })
+    .addCallback(result => {
+      for (const { name, lagMs } of read()) if (lagMs !== undefined) result.observe(lagMs / 1_000, { replica: name })
+    })
+  meter
+    .createObservableGauge('edgemesh_replica_lag_bytes', {
+      description: 'WAL that a replica has not replayed, when it was looked at',
+    })
+    .addCallback(result => {
+      for (const { name, lagBytes } of read()) if (lagBytes !== undefined) result.observe(lagBytes, { replica: name })
+    })
 }
 
 function watchPolicy(meter: Meter, read: () => PolicySource): void {

@@ -5,6 +5,7 @@ import { AuditEvent } from '../../src/audit/entities.ts'
 import { createFollower } from '../../src/audit/follower.ts'
 import type { Call } from '../../src/caller.ts'
 import { readPayload } from '../../src/db/change-feed.ts'
+import { readAtPrimary } from '../../src/db/replicas.ts'
 import { Fault, type FaultCode } from '../../src/fault.ts'
 import { authoritySet, type Generation } from '../../src/identity/authorities.ts'
 import { createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
@@ -53,6 +54,7 @@ export async function operator(t: ExecutionContext<unknown>) {
   const time = { now: start }
   const admin = adminHandlers({
     db,
+    reports: readAtPrimary(db),
     clock: () => time.now,
     maxAgeMs: 300_000,
     leaseGraceMs: 30_000,
@@ -71,7 +73,7 @@ export async function operator(t: ExecutionContext<unknown>) {
   return {
     db,
     admin,
-    streams: adminStreams({ db, clock, follower: createFollower({ pool: db.pool, clock, log }) }),
+    streams: adminStreams({ db, clock, follower: createFollower({ pool: db.pool, reports: db.pool, clock, log }) }),
     /** Set `time.now` to let time pass. */
     time,
     call: newCall,

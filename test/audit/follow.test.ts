@@ -41,7 +41,7 @@ function followed(
   pace = async () => {},
   queuedMax = 1_000,
 ): string[] {
-  const follower = createFollower({ pool, clock, log, everyMs: 20, queuedMax })
+  const follower = createFollower({ pool, reports: pool, clock, log, everyMs: 20, queuedMax })
   const ids: string[] = []
   const done = new AbortController()
   const running = (async () => {
