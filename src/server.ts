@@ -162,6 +162,8 @@ async function compose(
   let startedAt = performance.now()
   const { db, url, embedded } = await openState(settings, log, stops)
   const migrated = await db.migrate()
+  const { newer } = await db.migrations()
+  if (newer.length > 0) log.info({ newer }, 'the schema is of a newer version; it is left as it is')
   const retain = () => applyRetention(db.pool, settings.audit.retentionDays, clock(), log)
   await maintainPartitions(db.pool, settings.audit.retentionDays, clock())
   const retaining = setInterval(() => {

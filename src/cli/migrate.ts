@@ -77,13 +77,13 @@ function statusCommand(): Command {
     .addHelpText('after', '\nExamples:\n  edgemesh migrate status\n  edgemesh migrate status --json | jq .pending\n')
     .action((options: { json?: true }) =>
       withDatabase(async db => {
-        const { applied, pending } = await db.migrations()
+        const { applied, pending, newer } = await db.migrations()
         if (options.json) {
-          console.log(JSON.stringify({ applied, pending }))
+          console.log(JSON.stringify({ applied, pending, newer }))
           return
         }
         const rows = [
-          ...applied.map(name => ({ name, status: 'applied' })),
+          ...applied.map(name => ({ name, status: newer.includes(name) ? 'applied by a newer version' : 'applied' })),
           ...pending.map(name => ({ name, status: 'pending' })),
         ]
         console.log(renderTable({ migration: row => row.name, status: row => row.status }, rows))
@@ -95,7 +95,15 @@ function downCommand(): Command {
   return new Command('down')
     .description('take back the newest migration, with the data that it made room for')
     .option('--json', 'one JSON document')
-    .addHelpText('after', '\nExamples:\n  edgemesh migrate down\n')
+    .addHelpText(
+      'after',
+      `
+Going back to the version before does not take this: it serves on the schema of today. See docs/database.md for when it does.
+
+Examples:
+  edgemesh migrate down
+`,
+    )
     .action((options: { json?: true }) =>
       withDatabase(async db => {
         const reverted = await db.migrateDown()

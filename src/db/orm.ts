@@ -4,6 +4,7 @@
  * Control paths fork an entity manager for each call (`db.em()`); hot paths send batched SQL through `db.pool`.
  */
 
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Migrator } from '@mikro-orm/migrations'
 import type { EntityManager } from '@mikro-orm/postgresql'
 import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from '@mikro-orm/postgresql'
@@ -27,17 +28,25 @@ export type Database = {
   pool: pg.Pool
   /**
    * Brings the schema up to date; safe to call from several instances at once. A role that does not own the tables may
-   * call it where nothing is to be done.
+   * call it where nothing is to be done. A schema of a newer version is left as it is: it serves this one, too.
    *
    * @throws {SchemaBehindError} when there is, and the role may not do it
+   * @throws {SchemaInUseError} when others hold on to a table
    */
   migrate(): Promise<string[]>
-  /** Names of migrations that are applied, and of those that are not yet. */
-  migrations(): Promise<{ applied: string[]; pending: string[] }>
-  /** Takes back the newest migration. */
+  migrations(): Promise<Migrations>
+  /**
+   * Takes back the newest migration.
+   *
+   * @throws {SchemaAheadError} when a newer version has made it, which alone knows how
+   * @throws {SchemaInUseError} when others hold on to a table
+   */
   migrateDown(): Promise<string[]>
   close(): Promise<void>
 }
+
+/** Names of migrations: in the order in which they were applied, those that are not yet, and applied ones of newer versions. */
+export type Migrations = { applied: string[]; pending: string[]; newer: string[] }
 
 /** Any number will do, as long as every version of EdgeMesh uses the same. */
 const migrationLock = 7_306_471
@@ -54,6 +63,13 @@ const migrationsList = [
 ]
 
 const connectTimeoutMs = 3_000
+/**
+ * How long a migration waits for a lock: all who come for the table wait behind it meanwhile, heartbeats among them. Then it
+ * lets them pass, and tries again: for two minutes, which long reports have an end within.
+ */
+const lockWaitMs = 1_000
+const lockPauseMs = 2_000
+const lockTriesMax = 40
 /** A statement that takes longer is a fault; nobody waits for it any more. */
 const statementTimeoutMs = 10_000
 const idleConnectionMs = 60_000
@@ -72,40 +88,29 @@ export async function openDatabase(options: {
   poolMax: number
   entities: EntitySchema[]
 }): Promise<Database> {
-  const orm = await MikroORM.init({
-    clientUrl: options.url,
-    entities: options.entities,
-    extensions: [Migrator],
-    pool: { min: 0, max: options.poolMax, idleTimeoutMillis: idleConnectionMs },
-    driverOptions: {
-      // MikroORM reads host, port, user and database out of the URL and drops the rest, TLS among it; pg reads it all.
-      connectionString: options.url,
-      connectionTimeoutMillis: connectTimeoutMs,
-      maxLifetimeSeconds: connectionLifetimeSeconds,
-      statement_timeout: statementTimeoutMs,
-      query_timeout: statementTimeoutMs + 1_000,
-      application_name: 'edgemesh',
-      keepAlive: true,
-    },
-    migrations: {
-      tableName: 'migrations',
-      snapshot: false,
-      migrationsList,
-    },
-    logger: () => {},
-    ensureDatabase: false,
+  const orm = await initialise(options, {
+    statement_timeout: statementTimeoutMs,
+    query_timeout: statementTimeoutMs + 1_000,
+    application_name: 'edgemesh',
   })
   const connection = orm.em.getConnection() as PostgreSqlConnection
   const pool = await connection.getNativeClient()
   freeThePlacesOfTheDead(pool)
 
-  /** Runs `work` while no other instance migrates. The lock is the session's, so a dead instance gives it back. */
-  async function alone<T>(work: () => Promise<T>): Promise<T> {
+  /**
+   * Runs `work` while no other instance migrates. The lock is the session's, so a dead instance gives it back. What a migration
+   * does may take as long as it takes; what it may not is keep others waiting.
+   */
+  async function alone<T>(work: (migrator: MikroORM['migrator']) => Promise<T>): Promise<T> {
     const client = new pg.Client({ connectionString: options.url, connectionTimeoutMillis: connectTimeoutMs })
     await client.connect()
     try {
       await client.query('select pg_advisory_lock($1)', [migrationLock])
-      return await work()
+      const migrating = await initialise(
+        { ...options, poolMax: 2 },
+        { lock_timeout: lockWaitMs, application_name: 'edgemesh migrate' },
+      )
+      return await work(migrating.migrator).finally(() => migrating.close(true))
     } finally {
       await client.end()
     }
@@ -115,17 +120,34 @@ export async function openDatabase(options: {
     em: () => orm.em.fork() as EntityManager,
     pool,
     async migrate() {
-      const pending = await pendingOf(pool)
+      const { pending } = await migrationsOf(pool)
       if (pending.length === 0) return []
       await demandOwner(pool, pending)
-      return alone(async () => (await orm.migrator.up()).map(migration => migration.name))
+      return alone(async migrator => {
+        const applied: string[] = []
+        // Each in a transaction of its own, so that nobody waits for the locks of all.
+        for (const name of (await migrationsOf(pool)).pending) {
+          await lettingOthersPass(name, () => migrator.up({ migrations: [name] }))
+          applied.push(name)
+        }
+        return applied
+      })
     },
-    migrateDown: () => alone(async () => (await orm.migrator.down()).map(migration => migration.name)),
-    async migrations() {
-      const [applied, pending] = [await orm.migrator.getExecuted(), await orm.migrator.getPending()]
-      return { applied: applied.map(row => row.name), pending: pending.map(migration => migration.name) }
+    migrateDown: () =>
+      alone(async migrator => {
+        const { applied, newer } = await migrationsOf(pool)
+        const newest = applied.at(-1)
+        if (newest === undefined) return []
+        if (newer.includes(newest)) throw new SchemaAheadError(newest)
+        await lettingOthersPass(newest, () => migrator.down({ migrations: [newest] }))
+        return [newest]
+      }),
+    migrations: () => migrationsOf(pool),
+    async close() {
+      await orm.close(true)
+      // Kysely ends the pool only where it has used it itself.
+      if (!pool.ending) await pool.end()
     },
-    close: () => orm.close(true),
   }
 }
 
@@ -157,12 +179,82 @@ export class SchemaBehindError extends Error {
   }
 }
 
+/** The newest migration is of a newer version than this one. */
+export class SchemaAheadError extends Error {
+  readonly hint = 'run edgemesh migrate down of the version that has made it; this version serves beside it as it is'
+
+  constructor(newest: string) {
+    super(`this version can not take back ${newest}, which a newer one has made`)
+    this.name = 'SchemaAheadError'
+  }
+}
+
+/** Others did not let go of a table that a migration changes. */
+export class SchemaInUseError extends Error {
+  readonly hint =
+    "see who holds it: select pid, application_name, xact_start, query from pg_stat_activity where state <> 'idle' order by xact_start"
+
+  constructor(migration: string, cause: unknown) {
+    super(`${migration} has to wait: somebody keeps a table that it changes`, { cause })
+    this.name = 'SchemaInUseError'
+  }
+}
+
+/** 55P03 is `lock_not_available`; 40P01, a deadlock, is one that PostgreSQL has resolved at the cost of the migration. */
+async function lettingOthersPass(migration: string, step: () => Promise<unknown>): Promise<void> {
+  for (let tries = 1; ; tries++) {
+    try {
+      await step()
+      return
+    } catch (error) {
+      const { code } = error as { code?: string }
+      if (code !== '55P03' && code !== '40P01') throw error
+      if (tries === lockTriesMax) throw new SchemaInUseError(migration, error)
+      await sleep(lockPauseMs * (0.5 + Math.random()))
+    }
+  }
+}
+
+function initialise(
+  { url, poolMax, entities }: { url: string; poolMax: number; entities: EntitySchema[] },
+  session: pg.ClientConfig,
+): Promise<MikroORM> {
+  return MikroORM.init({
+    clientUrl: url,
+    entities,
+    extensions: [Migrator],
+    pool: { min: 0, max: poolMax, idleTimeoutMillis: idleConnectionMs },
+    driverOptions: {
+      // MikroORM reads host, port, user and database out of the URL and drops the rest, TLS among it; pg reads it all.
+      connectionString: url,
+      connectionTimeoutMillis: connectTimeoutMs,
+      maxLifetimeSeconds: connectionLifetimeSeconds,
+      keepAlive: true,
+      ...session,
+    },
+    migrations: {
+      tableName: 'migrations',
+      snapshot: false,
+      migrationsList,
+    },
+    logger: () => {},
+    ensureDatabase: false,
+  })
+}
+
 /** Changes nothing, unlike MikroORM, which makes its table first. */
-async function pendingOf(pool: pg.Pool): Promise<string[]> {
+async function migrationsOf(pool: pg.Pool): Promise<Migrations> {
   const { rows: table } = await pool.query<{ made: boolean }>(`select to_regclass('migrations') is not null as made`)
-  const applied = table[0]?.made ? await pool.query<{ name: string }>('select name from migrations') : { rows: [] }
-  const names = new Set(applied.rows.map(({ name }) => name))
-  return migrationsList.map(({ name }) => name).filter(name => !names.has(name))
+  const { rows } = table[0]?.made
+    ? await pool.query<{ name: string }>('select name from migrations order by id')
+    : { rows: [] }
+  const applied = rows.map(({ name }) => name)
+  const known = migrationsList.map(({ name }) => name)
+  return {
+    applied,
+    pending: known.filter(name => !applied.includes(name)),
+    newer: applied.filter(name => !known.includes(name)),
+  }
 }
 
 async function demandOwner(pool: pg.Pool, pending: readonly string[]): Promise<void> {

@@ -2,6 +2,7 @@ import test from 'ava'
 import { auditEntities } from '../../src/audit/entities.ts'
 import { isDatabaseOutage, openDatabase } from '../../src/db/orm.ts'
 import { inTransaction } from '../../src/db/transaction.ts'
+import { eventually } from '../support/edgemesh.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 test('a database URL that demands TLS is not answered in plain text', async t => {
@@ -41,7 +42,7 @@ test('several instances that start at once migrate an empty database exactly onc
   t.teardown(() => Promise.all(instances.map(db => db.close())))
   const applied = await Promise.all(instances.map(db => db.migrate()))
   t.deepEqual(applied.flat(), allMigrations)
-  t.deepEqual(await instances[0]?.migrations(), { applied: allMigrations, pending: [] })
+  t.deepEqual(await instances[0]?.migrations(), { applied: allMigrations, pending: [], newer: [] })
 })
 
 test('migrations can be taken back and applied again', async t => {
@@ -50,6 +51,47 @@ test('migrations can be taken back and applied again', async t => {
   const { rows } = await db.pool.query("select to_regclass('devices') as devices")
   t.is(rows[0].devices, null)
   t.deepEqual(await db.migrate(), allMigrations)
+})
+
+test('a migration keeps nobody waiting behind a table that it can not have yet', async t => {
+  const db = await testDatabase(t)
+  const changing = '0008-lifecycle-rules'
+  for (const name of allMigrations.slice(allMigrations.indexOf(changing) + 1).toReversed()) {
+    t.deepEqual(await db.migrateDown(), [name])
+  }
+  const holder = await db.pool.connect()
+  await holder.query('begin')
+  await holder.query('lock table lifecycle_rules in access share mode')
+  let isDone = false
+  const migrating = db.migrateDown().then(names => {
+    isDone = true
+    return names
+  })
+  // Twice, as it tries again.
+  for (let round = 0; round < 2; round++) {
+    await eventually('the migration waits', async () => {
+      const { rows } = await db.pool.query(
+        `select from pg_locks where relation = 'lifecycle_rules'::regclass and mode = 'AccessExclusiveLock' and not granted`,
+      )
+      return rows.length > 0
+    })
+    // Who comes now is behind it, and would wait for as long as it does.
+    await db.pool.query('select id from lifecycle_rules')
+    t.false(isDone)
+  }
+  await holder.query('rollback')
+  holder.release()
+  t.deepEqual(await migrating, [changing])
+})
+
+test('a version that finds the schema of a newer one serves on it, and takes nothing of it back', async t => {
+  const { pool, ...db } = await testDatabase(t)
+  await pool.query("insert into migrations (name) values ('9999-of-tomorrow')")
+  t.deepEqual(await db.migrate(), [])
+  const { applied, pending, newer } = await db.migrations()
+  t.deepEqual([applied.at(-1), pending, newer], ['9999-of-tomorrow', [], ['9999-of-tomorrow']])
+  await t.throwsAsync(db.migrateDown(), { name: 'SchemaAheadError', message: /9999-of-tomorrow/ })
+  t.deepEqual((await db.migrations()).applied, applied)
 })
 
 test('a connection that dies within a transaction gives its place to the next one', async t => {
