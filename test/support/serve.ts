@@ -9,18 +9,37 @@ export type ServedEdgeMesh = {
   address: string
   /** With -9: nothing is finished, nothing is said. */
   kill(): Promise<void>
+  /** As a supervisor does: it drains. @returns its exit code */
+  stop(): Promise<number | null>
 }
 
 const main = join(import.meta.dirname, '../../src/main.ts')
 
-/** Resolves when it serves. @param env settings by their variables, besides which only PATH is passed on */
-export async function serve(t: ExecutionContext, env: Record<string, string>): Promise<ServedEdgeMesh> {
-  const child = spawn(process.execPath, [main, 'serve'], {
+/**
+ * Resolves when it serves.
+ *
+ * @param env settings by their variables, besides which only PATH is passed on
+ * @param program `main.ts` of this version, or of another
+ */
+export async function serve(
+  t: Pick<ExecutionContext, 'teardown'>,
+  env: Record<string, string>,
+  program = main,
+): Promise<ServedEdgeMesh> {
+  const child = spawn(process.execPath, [program, 'serve'], {
     env: { PATH: process.env.PATH, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],
   })
   t.teardown(() => kill(child))
-  return { address: await addressOf(child), kill: () => kill(child) }
+  return {
+    address: await addressOf(child),
+    kill: () => kill(child),
+    async stop() {
+      const exited = once(child, 'exit')
+      child.kill('SIGTERM')
+      return (await exited)[0]
+    },
+  }
 }
 
 /** The log says which ports were free. */
