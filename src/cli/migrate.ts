@@ -98,7 +98,8 @@ function downCommand(): Command {
     .addHelpText(
       'after',
       `
-Going back to the version before does not take this: it serves on the schema of today. See docs/database.md for when it does.
+Going back to the version before does not take this: it serves on the schema of today.
+When it is needed all the same is told in docs/database.md.
 
 Examples:
   edgemesh migrate down
