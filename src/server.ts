@@ -160,7 +160,7 @@ async function compose(
 
   // Database
   let startedAt = performance.now()
-  const { db, url, embedded } = await openState(settings, log, stops)
+  const { db, embedded } = await openState(settings, log, stops)
   const migrated = await db.migrate()
   const { newer } = await db.migrations()
   if (newer.length > 0) log.info({ newer }, 'the schema is of a newer version; it is left as it is')
@@ -174,7 +174,7 @@ async function compose(
   // Before this instance is on record: what it writes from then on proves whom a replica follows.
   const reports = await openReplicas(settings, db, metrics.reportRead, clock, log)
   stops.push(reports.stop)
-  const feed = await startChangeFeed({ url, instanceId, log, clock })
+  const feed = await startChangeFeed({ servers: db.servers, instanceId, log, clock })
   stops.push(feed.stop)
   onStep('database', performance.now() - startedAt, { embedded, migrated: migrated.length })
 
@@ -481,6 +481,7 @@ async function compose(
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
     replicas: reports.status,
+    databaseFailures: () => db.servers.failures,
     decisionCache: decider.stats,
     policy: () => ({ engine: settings.opa.url ? 'opa-server' : 'in-process', ...engine.status() }),
     feedLagSeconds: () => feed.lagMs() / 1_000,
@@ -568,7 +569,7 @@ async function openState(settings: Settings, log: Log, stops: (() => Promise<voi
   }
   const db = await openDatabase({ url, poolMax: settings.database.poolMax, entities })
   stops.push(db.close)
-  return { db, url, embedded }
+  return { db, embedded }
 }
 
 async function openReplicas(

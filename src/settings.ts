@@ -234,7 +234,15 @@ const SSL_MODES: Readonly<Record<string, string>> = {
   true: 'verify-full',
 }
 
-const databaseUrl = text.transform(readDatabaseUrl)
+const databaseUrl = text.transform((given, context) => {
+  const url = readDatabaseUrl(given, context)
+  const wanted = URL.canParse(url) ? new URL(url).searchParams.get('target_session_attrs') : null
+  if (wanted === null || /^(read-write|primary|any)$/.test(wanted)) return url
+  return refuse(
+    context,
+    'target_session_attrs must be read-write: a server of EdgeMesh writes; any is for what only reads',
+  )
+})
 
 function readDatabaseUrl(given: string, context: z.RefinementCtx): string {
   // The user and the password are cut out before the URL is parsed: passwords made by `openssl rand -base64` have
@@ -245,11 +253,23 @@ function readDatabaseUrl(given: string, context: z.RefinementCtx): string {
   if (PLACEHOLDER.test(password)) return refuse(context, 'has still the placeholder of the documentation as password')
 
   const userInfo = user === '' ? '' : `${escapeOnce(user)}${password === '' ? '' : `:${escapeOnce(password)}`}@`
-  const normalised = `postgresql://${userInfo}${rest}`
+  const several = severalServers(rest)
+  if (several === 'wrong') return refuse(context, 'names several servers, not as host:5432,host:5432/edgemesh')
+  const normalised = `postgresql://${userInfo}${several?.rest ?? rest}`
   if (!URL.canParse(normalised)) return refuse(context, 'must be a URL: postgresql://user:password@host:5432/edgemesh')
   const url = new URL(normalised)
   if (url.hostname === '' && !url.searchParams.has('host')) return refuse(context, 'names no host')
   if (url.pathname.length < 2) return refuse(context, 'names no database: end it with /edgemesh')
+
+  if (several) {
+    url.searchParams.set('host', several.hosts.join())
+    url.searchParams.set('port', several.ports.join())
+  }
+  const [hosts, ports] = ['host', 'port'].map(name => url.searchParams.get(name)?.split(',').length ?? 1) as [
+    number,
+    number,
+  ]
+  if (ports !== 1 && ports !== hosts) return refuse(context, `names ${hosts} servers and ${ports} ports`)
 
   const word = url.searchParams.get('ssl') ?? url.searchParams.get('sslmode')
   if (word === null) return url.href
@@ -263,6 +283,20 @@ function readDatabaseUrl(given: string, context: z.RefinementCtx): string {
   // Without this, `pg` takes every mode for verify-full and says so on stderr.
   url.searchParams.set('uselibpqcompat', 'true')
   return url.href
+}
+
+/**
+ * What libpq takes in the place of a host, and no URL has: `one:5432,two:5432/edgemesh`. `db/servers.ts` finds them all in
+ * the parameters `host` and `port`, which libpq takes too.
+ */
+function severalServers(rest: string): { rest: string; hosts: string[]; ports: string[] } | 'wrong' | undefined {
+  const [, list = '', path = ''] = /^([^/?]*)(.*)$/s.exec(rest) ?? []
+  if (!list.includes(',')) return undefined
+  const servers = list.split(',').map(server => /^(\[[\da-f:.]+\]|[^\s:[\]%]+)(?::(\d{1,5}))?$/i.exec(server))
+  if (!servers.every(server => server !== null)) return 'wrong'
+  const hosts = servers.map(([, host = '']) => host)
+  const ports = servers.map(([, , port = '5432']) => port)
+  return { rest: `${hosts[0]}:${ports[0]}${path}`, hosts, ports }
 }
 
 /** Percent-encodes what was given plainly, and leaves what was percent-encoded already as it is. */
@@ -361,7 +395,9 @@ const MAKE_SECRET = 'make one with: openssl rand -hex 32'
 const VARIABLES = {
   DATABASE_URL: optional(databaseUrl, 'an embedded PostgreSQL under DATA_DIR', {
     secret: true,
-    meaning: 'the PostgreSQL database; postgresql+asyncpg:// and ?ssl=require are understood',
+    meaning:
+      'the PostgreSQL database; postgresql+asyncpg:// and ?ssl=require are understood, and several servers as ' +
+      'host:5432,host:5432, of which the primary is used',
     hint: 'for example postgresql://edgemesh:PASSWORD@postgres:5432/edgemesh?ssl=require',
   }),
   DATABASE_MIGRATION_URL: optional(databaseUrl, 'DATABASE_URL', {

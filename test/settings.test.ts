@@ -145,6 +145,39 @@ for (const [given, mode] of [
   })
 }
 
+for (const [given, servers] of [
+  ['one:5433,two/d', 'one:5433/d?host=one%2Ctwo&port=5433%2C5432'],
+  ['[::1]:5433,[fd00::2]/d', '[::1]:5433/d?host=%5B%3A%3A1%5D%2C%5Bfd00%3A%3A2%5D&port=5433%2C5432'],
+  [
+    'one,two/d?target_session_attrs=read-write',
+    'one:5432/d?target_session_attrs=read-write&host=one%2Ctwo&port=5432%2C5432',
+  ],
+  ['one/d?host=one,two&port=5433', 'one/d?host=one,two&port=5433'],
+]) {
+  test(`DATABASE_URL may name several servers as libpq takes them: ${given}`, t => {
+    const { url } = readSettings({ ...SECRETS, DATABASE_URL: `postgresql://u:p@${given}` }).database
+    t.is(url, `postgresql://u:p@${servers}`)
+    t.is(new URL(url!).password, 'p')
+  })
+}
+
+for (const [given, problem] of [
+  ['one:5433,/d', /names several servers, not as host:5432,host:5432\/edgemesh/],
+  ['one,two:port/d', /names several servers, not as/],
+  ['one/d?host=one,two,three&port=1,2', /names 3 servers and 2 ports/],
+  ['one,two/d?target_session_attrs=standby', /target_session_attrs must be read-write/],
+] as const) {
+  test(`DATABASE_URL can not be ${given}`, t => {
+    const { problems } = mistakes({ ...SECRETS, DATABASE_URL: `postgresql://u:secret@${given}` })
+    t.deepEqual(
+      problems.map(({ variable }) => variable),
+      ['DATABASE_URL'],
+    )
+    t.regex(problems[0]!.problem, problem)
+    t.false(problems[0]!.problem.includes('secret'))
+  })
+}
+
 test('the heartbeat interval follows a short health maximum age unless it is given', t => {
   const { health } = readSettings({ ...SECRETS, HEALTH_CHECK_MAX_AGE_MINUTES: '0.05' })
   t.deepEqual(health, { maxAgeMs: 3_000, heartbeatIntervalMs: 1_000 })

@@ -9,7 +9,7 @@
 import { callEntry, type Journal, type JournalEntry } from '../audit/journal.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
-import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
+import { databaseUnavailable, isDatabaseOutage } from '../db/failure.ts'
 import { durationOf } from '../duration.ts'
 import { Fault, invalidField } from '../fault.ts'
 import type {

@@ -10,6 +10,7 @@ import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
 import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
+import { untilCommitted } from '../db/failure.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -86,7 +87,7 @@ export async function claimConnections(
   const { ids, deviceId, instanceId, graceMs } = asked
   const found = new Map<string, Claim>()
   const look = async (wanted: string[]) => {
-    const { rows } = await pool.query<Claim>(claim, [wanted, deviceId, instanceId])
+    const { rows } = await untilCommitted(() => pool.query<Claim>(claim, [wanted, deviceId, instanceId]))
     for (const row of rows) found.set(row.id, row)
   }
   await look(ids)

@@ -14,7 +14,10 @@ export async function change<T>(
   work: (em: EntityManager) => Promise<Changed<T>>,
 ): Promise<T> {
   try {
-    const done = await db.em().transactional(async em => {
+    const done = await db.transaction(async em => {
+      // What an attempt before has vouched for went with its transaction.
+      call.audit.own?.rolledBack()
+      call.audit.written = false
       const { answer, keys } = await work(em)
       // Before the event, so that a change that the database refuses is never recorded as made.
       await em.flush()

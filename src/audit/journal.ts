@@ -12,7 +12,8 @@ import { hash, randomUUIDv7 } from 'node:crypto'
 import type pg from 'pg'
 import { type Call, callerName, type OwnEvents } from '../caller.ts'
 import type { Clock } from '../clock.ts'
-import { type EntityManager, isDatabaseOutage } from '../db/orm.ts'
+import { isDatabaseOutage, untilCommitted } from '../db/failure.ts'
+import type { EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { AuditEvent } from './entities.ts'
@@ -181,7 +182,7 @@ export function startJournal(options: {
     const last = inserts.pop()
     const before = inserts.map((insert, index) => `w${index} as (${insert})`)
     const text = `${before.length ? `with ${before.join(', ')} ` : ''}${last}`
-    await pool.query({ name: nameOf(text), text, values: parameters })
+    await untilCommitted(() => pool.query({ name: nameOf(text), text, values: parameters }))
     if (draft) chain.advance(draft)
     return count
   }

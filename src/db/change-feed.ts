@@ -15,11 +15,12 @@
  * A connection that was lost may have lost notifications with it. When it is back, `reset` listeners drop all they
  * have cached before the feed is `live` again.
  */
-import pg from 'pg'
+import type pg from 'pg'
 import { type Clock, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import type { EntityManager } from './orm.ts'
+import type { DatabaseServers } from './servers.ts'
 
 export type ChangeFeed = {
   /** Keys that have changed, as they arrive. `announcedAtMs`: when, by this instance's clock; absent if that was not said. */
@@ -91,12 +92,12 @@ export const changeChannel = channel
 
 /** Connects and listens; resolves when the first tick has come back. */
 export async function startChangeFeed(options: {
-  url: string
+  servers: DatabaseServers
   instanceId: string
   log: Log
   clock?: Clock
 }): Promise<ChangeFeed> {
-  const clock = options.clock ?? systemClock
+  const { servers, clock = systemClock } = options
   const changeListeners: ((keys: string[], announcedAtMs?: number) => void)[] = []
   const resetListeners: (() => void)[] = []
   const waiting = new Set<() => void>()
@@ -104,6 +105,8 @@ export async function startChangeFeed(options: {
   let client: pg.Client | undefined
   const databaseClock = compareClocks()
   let newestTickSentAt = 0
+  /** Where a tick is under way. The next waits for it: a database that is slow is not asked faster than it answers. */
+  let ticking: pg.Client | undefined
   /** Whether a tick has come back on the connection that there is now. */
   let isVouchedFor = false
   let stopped = false
@@ -129,8 +132,7 @@ export async function startChangeFeed(options: {
   }
 
   async function connect(): Promise<void> {
-    const next = new pg.Client({
-      connectionString: options.url,
+    const next = new servers.Client({
       connectionTimeoutMillis: connectTimeoutMs,
       query_timeout: connectTimeoutMs,
       application_name: 'edgemesh change feed',
@@ -187,18 +189,20 @@ export async function startChangeFeed(options: {
 
   async function tick(on: pg.Client): Promise<void> {
     const sentAtMs = clock()
+    ticking = on
     const { rows } = await on.query<{ ms: number }>(
       `select pg_notify('${channel}', $1), (extract(epoch from clock_timestamp()) * 1000)::float8 as ms`,
       [`${tickPrefix}${sentAtMs}`],
     )
+    if (ticking === on) ticking = undefined
     databaseClock.compare(sentAtMs, rows[0]?.ms ?? Number.NaN, clock())
   }
 
   await connect()
-  const ticking = setInterval(() => {
+  const everyTick = setInterval(() => {
     const on = client
     // A tick that fails ends the connection: half-open ones are found that way.
-    if (on) tick(on).catch(error => lost(on, error))
+    if (on && ticking !== on) tick(on).catch(error => lost(on, error))
   }, tickMs)
 
   const feed: ChangeFeed = {
@@ -227,7 +231,7 @@ export async function startChangeFeed(options: {
     },
     async stop() {
       stopped = true
-      clearInterval(ticking)
+      clearInterval(everyTick)
       clearTimeout(reconnectTimer)
       await client?.end().catch(() => {})
     },

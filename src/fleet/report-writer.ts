@@ -7,7 +7,7 @@
  */
 import type pg from 'pg'
 import { announcements, announcing } from '../db/change-feed.ts'
-import { isDatabaseOutage } from '../db/orm.ts'
+import { isDatabaseOutage, untilCommitted } from '../db/failure.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import type { PostureValues } from './posture.ts'
@@ -130,7 +130,7 @@ export function startReportWriter(options: {
     const newest = new Map(reports.map(report => [report.deviceId, report]))
     const latest = [...newest.values()].sort((a, b) => (a.deviceId < b.deviceId ? -1 : 1))
     const changed = new Set(reports.filter(report => report.announce).map(report => `device:${report.deviceId}`))
-    await pool.query(writeReports, [
+    const rows = [
       latest.map(report => report.deviceId),
       latest.map(report => JSON.stringify(report.posture)),
       latest.map(report => JSON.stringify(report.failing)),
@@ -145,7 +145,8 @@ export function startReportWriter(options: {
       reports.map(report => new Date(report.measuredAtMs)),
       reports.map(report => new Date(report.receivedAtMs)),
       announcements([...changed]),
-    ])
+    ]
+    await untilCommitted(() => pool.query(writeReports, rows))
   }
 
   return {

@@ -84,7 +84,7 @@ const reloadRetryMs = 500
 export async function openAuthorities(options: AuthorityOptions): Promise<{ set: AuthoritySet; created: boolean }> {
   const { db, trustDomain, validityDays, passphrase, files, clock } = options
   const fromFiles = openFiles(files, passphrase, clock())
-  const created = await db.em().transactional(async em => {
+  const created = await db.transaction(async em => {
     const stored = await lockedAuthorities(em)
     demandTrustDomain(stored, trustDomain)
     if (stored.length === 0 && fromFiles.length === 0) {

@@ -47,7 +47,7 @@ async function certify(
   { csr, validityMs }: { csr: Uint8Array; validityMs: number },
 ): Promise<CertifiedName> {
   const key = checkCsr(csr)
-  const reservation = await db.em().transactional(async em => issuance.reserve(em, subject, key, validityMs))
+  const reservation = await db.transaction(async em => issuance.reserve(em, subject, key, validityMs))
   const certificate = await issuance.sign(reservation)
   return {
     certificatePem: certificate.chainPem.join(''),

@@ -346,7 +346,12 @@ export function createRedemptions(options: {
       return inTurn(asked.tokenId, async () => {
         const before = { ...audit }
         try {
-          const redeemed = await inTransaction(pool, client => redeemLocked(client, asked))
+          const redeemed = await inTransaction(pool, client => {
+            // What an attempt before has vouched for went with its transaction.
+            Object.assign(audit, before)
+            audit.own?.rolledBack()
+            return redeemLocked(client, asked)
+          })
           audit.own?.committed()
           return redeemed
         } catch (error) {

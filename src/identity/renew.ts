@@ -116,7 +116,12 @@ async function demandFewCertificates(em: EntityManager, { kind, id }: Identified
 /** One transaction, in which a serial is reserved. */
 async function reserving<T>(deps: RenewDeps, call: Call, work: (em: EntityManager) => Promise<T>): Promise<T> {
   try {
-    const done = await deps.db.em().transactional(work)
+    const done = await deps.db.transaction(em => {
+      // What an attempt before has vouched for went with its transaction.
+      call.audit.own?.rolledBack()
+      call.audit.written = false
+      return work(em)
+    })
     call.audit.own?.committed()
     return done
   } catch (error) {

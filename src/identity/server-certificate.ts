@@ -52,7 +52,7 @@ export async function keepServerCertificate(options: {
     const { privateKey, publicKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' })
     const key = ownKey(publicKey)
     await issuance.ready()
-    const reservation = await db.em().transactional(async em => issuance.reserve(em, subject, key, validityMs))
+    const reservation = await db.transaction(async em => issuance.reserve(em, subject, key, validityMs))
     const certificate = await issuance.sign(reservation)
     clearTimeout(timer)
     const renewInMs = certificate.renewAfter.getTime() - Date.now()

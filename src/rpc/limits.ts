@@ -7,6 +7,7 @@
 import { LRUCache } from 'lru-cache'
 import type pg from 'pg'
 import type { Call } from '../caller.ts'
+import { untilCommitted } from '../db/failure.ts'
 import { Fault } from '../fault.ts'
 import { networkOf } from '../network.ts'
 import type { RateLimit } from '../settings.ts'
@@ -112,11 +113,8 @@ export function sharedRateLimit(pool: pg.Pool, name: string, subject: string, li
   async function count(key: string, callers: Caller[]): Promise<void> {
     const askedAt = performance.now()
     try {
-      const { rows } = await pool.query<{ points: number; ms_left: number }>(countCalls, [
-        `${name} ${subject} ${key}`,
-        callers.length,
-        limit.windowSeconds * 1_000,
-      ])
+      const counted = [`${name} ${subject} ${key}`, callers.length, limit.windowSeconds * 1_000]
+      const { rows } = await untilCommitted(() => pool.query<{ points: number; ms_left: number }>(countCalls, counted))
       const { points, ms_left: msLeft } = rows[0] as (typeof rows)[0]
       if (points >= limit.count) {
         exhausted.set(key, { earliest: askedAt + msLeft - earlyMs, latest: performance.now() + msLeft })

@@ -26,6 +26,7 @@
 import { createHash } from 'node:crypto'
 import { LRUCache } from 'lru-cache'
 import type pg from 'pg'
+import { untilCommitted } from '../db/failure.ts'
 import type { RateLimit } from '../settings.ts'
 import { databaseMs, earlyMs, rateLimited } from './limits.ts'
 
@@ -263,11 +264,8 @@ export function settleIn(pool: Pick<pg.Pool, 'query'>, name: string, limit: Rate
     const given = Object.fromEntries(
       [...byRow].map(([key, { used, wanted, windowEnd }]) => [key, [used, wanted, windowEnd]]),
     )
-    const { rows } = await pool.query<Row>(settlementStatement, [
-      JSON.stringify(given),
-      limit.windowSeconds * 1_000,
-      creditOf(limit),
-    ])
+    const asked = [JSON.stringify(given), limit.windowSeconds * 1_000, creditOf(limit)]
+    const { rows } = await untilCommitted(() => pool.query<Row>(settlementStatement, asked))
     return rows.map(({ key, points, credit, expire, ms_left: msLeft }) => ({
       key: byRow.get(key)!.key,
       counted: points,

@@ -2,7 +2,7 @@
 import { randomBytes } from 'node:crypto'
 import { Metadata, type StatusObject, status } from '@grpc/grpc-js'
 import { clockOffsetSentence } from '../clock.ts'
-import { databaseUnavailable, isDatabaseOutage } from '../db/orm.ts'
+import { databaseUnavailable, isDatabaseOutage } from '../db/failure.ts'
 import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { BadRequest, ErrorInfo, RetryInfo } from '../gen/google/rpc/error_details.ts'

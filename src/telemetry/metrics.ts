@@ -71,6 +71,8 @@ export type MetricSources = {
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
   replicas: () => readonly ReplicaSource[]
+  /** By kind, so far. */
+  databaseFailures: () => ReadonlyMap<string, number>
   decisionCache: () => { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<string, number> }
   policy: () => PolicySource
   /** How far the change feed is behind. */
@@ -277,7 +279,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, devicesByPresence, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
   const { connectionsSuspended, revocationsUnacknowledged } = sources
-  const { pool, replicas, decisionCache, policy, feedLagSeconds, expiries } = sources
+  const { pool, replicas, databaseFailures, decisionCache, policy, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
     meter.createObservableGauge(name, { description }).addCallback(read)
@@ -325,6 +327,13 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
     gauge('edgemesh_database_pool_connections', 'Database connections by state', result => {
       for (const [state, count] of Object.entries(pool())) result.observe(count, { state })
     })
+  }
+  if (databaseFailures) {
+    counter(
+      'edgemesh_database_failures_total',
+      'What the database did not do, by the kind of failure: docs/database-failures.md',
+      each('kind', databaseFailures),
+    )
   }
   if (decisionCache) {
     gauge('edgemesh_decision_cache_entries', 'Decisions held', result => result.observe(decisionCache().entries))

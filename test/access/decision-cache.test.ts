@@ -234,7 +234,9 @@ const step = fc.record({
 test('whatever changes, at two instances nothing is allowed that a server without memory denies', async t => {
   t.timeout(240_000)
   const db = await testDatabase(t)
-  const feeds = await Promise.all([1, 2].map(n => startChangeFeed({ url: db.url, instanceId: `instance-${n}`, log })))
+  const feeds = await Promise.all(
+    [1, 2].map(n => startChangeFeed({ servers: db.servers, instanceId: `instance-${n}`, log })),
+  )
   t.teardown(() => Promise.all(feeds.map(feed => feed.stop())))
   let time = start
   const counts = { hits: 0, allowed: 0 }

@@ -9,6 +9,7 @@ import {
   startChangeFeed,
 } from '../../src/db/change-feed.ts'
 import { keepFacts } from '../../src/db/kept-facts.ts'
+import { databaseServers } from '../../src/db/servers.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { eventually } from '../support/edgemesh.ts'
 import { testDatabase } from '../support/postgres.ts'
@@ -20,7 +21,9 @@ test('instances whose clocks differ by hours agree on when a change was announce
   const { url, pool } = await testDatabase(t)
   const clocks = [0, 3 * hourMs, -2 * hourMs].map(offsetMs => () => Date.now() + offsetMs)
   const feeds = await Promise.all(
-    clocks.map((clock, at) => startChangeFeed({ url, instanceId: `instance-${at}`, log, clock })),
+    clocks.map((clock, at) =>
+      startChangeFeed({ servers: databaseServers(url), instanceId: `instance-${at}`, log, clock }),
+    ),
   )
   t.teardown(() => Promise.all(feeds.map(feed => feed.stop())))
   const heard = feeds.map(() => [] as { keys: string[]; announcedAtMs: number | undefined }[])
@@ -43,7 +46,7 @@ test('instances whose clocks differ by hours agree on when a change was announce
 
 test('while its connection is killed again and again, an instance never answers with what was changed a second ago', async t => {
   const { url, pool, em } = await testDatabase(t)
-  const feed = await startChangeFeed({ url, instanceId: 'shaken', log })
+  const feed = await startChangeFeed({ servers: databaseServers(url), instanceId: 'shaken', log })
   t.teardown(() => feed.stop())
   const ids = Array.from({ length: 150 }, (_, at) => `fact-${at}`)
   await pool.query('create table shaken (id text primary key, value int not null)')
@@ -112,7 +115,7 @@ test('while its connection is killed again and again, an instance never answers 
 
 test('what an instance of the version before announces is heard, without a moment', async t => {
   const { url, pool } = await testDatabase(t)
-  const feed = await startChangeFeed({ url, instanceId: 'new', log })
+  const feed = await startChangeFeed({ servers: databaseServers(url), instanceId: 'new', log })
   t.teardown(() => feed.stop())
   const heard: unknown[] = []
   feed.onChange((keys, announcedAtMs) => void heard.push([keys, announcedAtMs]))

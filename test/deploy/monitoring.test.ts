@@ -1,7 +1,7 @@
 /** Rules, alerts and their routes, judged by the programs that read them, and seen at work on a real instance. */
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import test from 'ava'
+import test, { type ExecutionContext } from 'ava'
 import { parse } from 'yaml'
 import { authorizations, heartbeats } from '../support/device.ts'
 import { eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
@@ -38,7 +38,7 @@ async function rulesIn(file: string): Promise<Rule[]> {
 function judged(
   title: string,
   programs: Record<string, string | undefined>,
-  body: (...found: string[]) => Parameters<typeof test>[1],
+  body: (...found: string[]) => (t: ExecutionContext) => Promise<void>,
 ) {
   const missing = Object.keys(programs).filter(name => programs[name] === undefined)
   const found = Object.values(programs).map(program => program ?? '')

@@ -2,7 +2,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import test, { type ExecutionContext } from 'ava'
 import pg from 'pg'
-import { isDatabaseOutage } from '../../src/db/orm.ts'
+import { isDatabaseOutage } from '../../src/db/failure.ts'
 import { Fault } from '../../src/fault.ts'
 import { sharedRateLimit, sweepRateLimits } from '../../src/rpc/limits.ts'
 import { createLog } from '../../src/telemetry/log.ts'

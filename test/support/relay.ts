@@ -47,11 +47,16 @@ export type Link = {
   leadTo(port: number): void
   /** Breaks all connections that there are: nobody says goodbye. */
   cut(): void
+  /** From now on nothing passes, on connections that there are and on new ones; they stay open. */
+  hold(): void
+  /** What comes passes again, and so does what has waited. */
+  letGo(): void
 }
 
 /** A way to servers that breaks, or leads elsewhere, when a test says so. */
 export async function link(t: Pick<ExecutionContext, 'teardown'>, port: number): Promise<Link> {
   let target = port
+  let held = false
   const sockets = new Set<Socket>()
   const cut = () => {
     for (const socket of sockets) socket.destroy()
@@ -70,7 +75,17 @@ export async function link(t: Pick<ExecutionContext, 'teardown'>, port: number):
           other.destroy()
         })
     }
-    near.pipe(far).pipe(near)
+    for (const [socket, other] of [
+      [near, far],
+      [far, near],
+    ] as const) {
+      socket.on('data', data => {
+        if (!other.write(data)) socket.pause()
+      })
+      other.on('drain', () => held || socket.resume())
+      socket.on('end', () => other.end())
+    }
+    if (held) for (const socket of [near, far]) socket.pause()
   })
   server.listen(0, '127.0.0.1')
   await once(server, 'listening')
@@ -84,6 +99,14 @@ export async function link(t: Pick<ExecutionContext, 'teardown'>, port: number):
       target = port
     },
     cut,
+    hold() {
+      held = true
+      for (const socket of sockets) socket.pause()
+    },
+    letGo() {
+      held = false
+      for (const socket of sockets) socket.resume()
+    },
   }
 }
 

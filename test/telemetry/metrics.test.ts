@@ -52,6 +52,7 @@ test('sources are read at each scrape; without a source there is no series', asy
   metrics.observe({
     devicesByStatus: () => new Map([['active', active]]),
     pool: () => ({ total: 3, idle: 1, waiting: 0 }),
+    databaseFailures: () => new Map([['deadlock', 8]]),
     decisionCache: () => ({ entries: 4, hits: 5, misses: 6, invalidations: new Map([['device', 7]]) }),
   })
   t.true((await scrape(metrics)).includes('edgemesh_devices_total{status="active"} 2\n'))
@@ -60,6 +61,7 @@ test('sources are read at each scrape; without a source there is no series', asy
   t.true(text.includes('# TYPE edgemesh_devices_total gauge\n'))
   t.true(text.includes('edgemesh_devices_total{status="active"} 3\n'))
   t.true(text.includes('edgemesh_database_pool_connections{state="idle"} 1\n'))
+  t.true(text.includes('edgemesh_database_failures_total{kind="deadlock"} 8\n'))
   t.true(text.includes('edgemesh_decision_cache_hits_total 5\n'))
   t.true(text.includes('# TYPE edgemesh_decision_cache_invalidations_total counter\n'))
   t.true(text.includes('edgemesh_decision_cache_invalidations_total{cause="device"} 7\n'))
