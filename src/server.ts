@@ -75,7 +75,7 @@ import { openPort, type Port } from './rpc/port.ts'
 import { addServices } from './rpc/services.ts'
 import { settleIn, sharedAllowance } from './rpc/shared-allowance.ts'
 import type { Settings } from './settings.ts'
-import { type Readiness, startTelemetryHttp } from './telemetry/http.ts'
+import { type Readiness, startTelemetryHttp, type TelemetryHttpOptions } from './telemetry/http.ts'
 import type { Log } from './telemetry/log.ts'
 import { type Expiry, startMetrics } from './telemetry/metrics.ts'
 
@@ -86,7 +86,11 @@ export const { version } = createRequire(import.meta.url)('../package.json') as 
 export type OperatorRequest = { name: string; role: string; csr: Uint8Array; validityMs: number }
 export type ServiceRequest = { name: string; csr: Uint8Array; validityMs: number }
 
+/** What a worker of several has from its parent, who has both ports. */
+export type Employment = { connectionsMost: number }
+
 export type RunningServer = {
+  /** 0 for a worker, as is the next. */
   apiPort: number
   metricsPort: number
   instanceId: string
@@ -97,6 +101,11 @@ export type RunningServer = {
   createdAuthority: boolean
   issueOperator(request: OperatorRequest): Promise<CertifiedName>
   readiness(): Promise<Readiness>
+  /** For a worker: a connection that its parent has accepted; how many it has; and what it would answer over HTTP. */
+  take: Port['take']
+  load: Port['load']
+  scrape(): Promise<string>
+  revocationList: TelemetryHttpOptions['revocationList']
   /** Asks devices to reconnect, finishes what is under way, and stops everything. */
   stop(): Promise<void>
 }
@@ -110,6 +119,8 @@ const connectionIdleMs = 120_000
 const keepaliveMs = 30_000
 const keepaliveTimeoutMs = 10_000
 const streamsPerConnectionMax = 256
+/** A fleet is counted ten times a second. The first report of a device in a window waits for that; it comes once in half a minute. */
+const healthGatherMs = 100
 /** Removing what is old is no part of a start, which may be one of many: partitions are. */
 const retentionEveryMs = 600_000
 const dayMs = 86_400_000
@@ -129,6 +140,8 @@ export async function startServer(options: {
   settings: Settings
   log: Log
   clock?: Clock
+  /** Neither of the ports is opened. */
+  employment?: Employment
   /** Called as each part of the start is done. */
   onStep?: (step: StartStep, ms: number, detail: Record<string, unknown>) => void
 }): Promise<RunningServer> {
@@ -150,7 +163,7 @@ export async function startServer(options: {
 }
 
 async function compose(
-  { settings, log, clock = systemClock, onStep = () => {} }: Parameters<typeof startServer>[0],
+  { settings, log, clock = systemClock, employment, onStep = () => {} }: Parameters<typeof startServer>[0],
   stops: (() => Promise<void> | void)[],
   stopAll: () => Promise<void>,
 ): Promise<RunningServer> {
@@ -318,7 +331,12 @@ async function compose(
     policyRevision: engine.revision,
     issuerKeyId: () => authorities.current().issuing.issuerKeyId,
     trustBundle: trustBundle.roots,
-    limit: rateLimit('RATE_LIMIT_HEALTH', settings.rateLimits.health),
+    limit: sharedAllowance({
+      name: 'RATE_LIMIT_HEALTH',
+      limit: settings.rateLimits.health,
+      settle: settleIn(db.pool, 'RATE_LIMIT_HEALTH', settings.rateLimits.health),
+      gatherMs: healthGatherMs,
+    }),
     intervalMs: settings.health.heartbeatIntervalMs,
     maxAgeMs: settings.health.maxAgeMs,
     isLateInLife,
@@ -446,8 +464,8 @@ async function compose(
   )
   port = await openPort({
     server,
-    host: settings.api.host,
-    port: settings.api.port,
+    listen: employment ? undefined : settings.api,
+    connectionsMost: employment?.connectionsMost,
     trustDomain,
     identity: serverCertificate.current(),
     trustedProxies: settings.api.trustedProxies,
@@ -478,6 +496,7 @@ async function compose(
     connectionsActive: leases.activeByService,
     connectionsSuspended: leases.suspended,
     revocationsUnacknowledged: revocations.unacknowledged,
+    tlsConnections: port.connections,
     streamsOpen: dispatch.streamsOpen,
     pool: () => ({ total: db.pool.totalCount, idle: db.pool.idleCount, waiting: db.pool.waitingCount }),
     replicas: reports.status,
@@ -502,32 +521,37 @@ async function compose(
     }
     return { ready: Object.values(checks).every(check => check.ok), checks }
   }
-  const http = await startTelemetryHttp({
-    ...settings.metrics,
-    metrics: metrics.handler,
-    ready: readiness,
-    revocationList: trustBundle.revocationList,
-    log,
-  })
-  stops.push(http.stop)
+  const http = employment
+    ? undefined
+    : await startTelemetryHttp({
+        ...settings.metrics,
+        metrics: metrics.handler,
+        ready: readiness,
+        revocationList: trustBundle.revocationList,
+        log,
+      })
+  stops.push(() => http?.stop())
   health.setServing(true)
-  onStep('listen', performance.now() - startedAt, {
-    port: port.port,
-    metricsPort: http.port,
-    policy: engine.revision(),
-  })
-  log.info({ port: port.port, metricsPort: http.port, trustDomain, policy: engine.revision() }, 'edgemesh is serving')
+  const policy = engine.revision()
+  const ports = { port: port.port, metricsPort: http?.port ?? 0 }
+  onStep('listen', performance.now() - startedAt, { ...ports, policy })
+  if (employment) log.info({ instanceId, policy }, 'a worker is serving')
+  else log.info({ ...ports, trustDomain, policy }, 'edgemesh is serving')
 
   let stopped: Promise<void> | undefined
   return {
-    apiPort: port.port,
-    metricsPort: http.port,
+    apiPort: ports.port,
+    metricsPort: ports.metricsPort,
     instanceId,
     rootKeySha256: authorities.current().issuing.rootKeySha256,
     rootsPem: trustBundle.roots().rootsPem.join(''),
     createdAuthority: created,
     issueOperator: request => issueOperator({ db, authorities, issuance }, request),
     readiness,
+    take: openedPort.take,
+    load: openedPort.load,
+    scrape: metrics.scrape,
+    revocationList: trustBundle.revocationList,
     stop() {
       stopped ??= (async () => {
         stopping = true
@@ -543,7 +567,7 @@ async function compose(
         while (dispatch.streamsOpen().size > 0 && performance.now() < drainEndsAt) await sleep(drainLookMs)
         dispatch.finishAll(draining)
         await stopAll()
-        log.info('edgemesh has stopped')
+        log.info(employment ? 'a worker has stopped' : 'edgemesh has stopped')
       })()
       return stopped
     },
@@ -579,10 +603,11 @@ async function openReplicas(
   clock: Clock,
   log: Log,
 ): Promise<Replicas> {
-  const replicas = database.replicaUrls.map(async url => ({
-    url,
-    db: await openDatabase({ url, poolMax: replicaPoolMax, entities }),
-  }))
+  const replicas = database.replicaUrls.map(async url => {
+    const standby = new URL(url)
+    standby.searchParams.set('target_session_attrs', 'any')
+    return { url, db: await openDatabase({ url: standby.href, poolMax: replicaPoolMax, entities }) }
+  })
   return startReplicas({ primary, replicas: await Promise.all(replicas), instanceId, clock, log, onRead })
 }
 

@@ -414,7 +414,9 @@ const VARIABLES = {
   }),
   DATABASE_POOL_SIZE: defaulted(wholeNumber(1, 1_000), '20', {
     unit: 'connections',
-    meaning: 'database connections of one process; with DATABASE_MAX_OVERFLOW the most it opens',
+    meaning:
+      'database connections of an instance, shared by its workers, two at least for each; with DATABASE_MAX_OVERFLOW the ' +
+      'most it opens, beside one for each process that hears of changes',
   }),
   DATABASE_MAX_OVERFLOW: defaulted(wholeNumber(0, 1_000), '10', {
     unit: 'connections',
@@ -514,12 +516,14 @@ const VARIABLES = {
   RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', {
     meaning:
       'enrollment attempts of one source address, and refused ones with one token, at all instances together; ' +
-      'twenty times as many of the other calls that need no certificate, at each instance',
+      'twenty times as many of the other calls that need no certificate, at each process',
   }),
   RATE_LIMIT_CONNECTIONS: defaulted(rateLimit, '100/minute', {
     meaning: 'authorization requests of one device, at all instances together; those may exceed it by a tenth',
   }),
-  RATE_LIMIT_HEALTH: defaulted(rateLimit, '10/minute', { meaning: 'heartbeats of one device' }),
+  RATE_LIMIT_HEALTH: defaulted(rateLimit, '10/minute', {
+    meaning: 'heartbeats of one device, at all instances together; those may exceed it by a tenth',
+  }),
   HEALTH_CHECK_MAX_AGE_MINUTES: defaulted(decimal(1_440), '5', {
     unit: 'minutes',
     meaning: 'a device whose last heartbeat is older counts as unhealthy; fractions allowed',
@@ -562,7 +566,7 @@ const VARIABLES = {
     meaning: 'time that devices have to leave, and calls under way to finish, when the process stops',
   }),
   INSTANCE_ID: optional(instanceId, "the host's name and a random ending", {
-    meaning: 'names the process in logs, metrics and presence',
+    meaning: 'names the process in logs, metrics and presence; workers add an ending of their own',
   }),
 } as const
 

@@ -35,8 +35,8 @@ export type HeartbeatDeps = {
   /** Whose certificates are issued now, by key identifier, and the roots that are trusted. */
   issuerKeyId: () => string
   trustBundle: () => TrustBundle
-  /** @throws Fault RESOURCE_EXHAUSTED when the device reports too often */
-  limit: (deviceId: string) => void | Promise<void>
+  /** At once, or after a wait. @throws Fault RESOURCE_EXHAUSTED when the device reports too often, at all instances together */
+  limit: (deviceId: string, reports: number) => void | Promise<void>
   intervalMs: number
   maxAgeMs: number
   /** Whether the certificate is so late in its life that the device has to be reminded. */
@@ -122,7 +122,8 @@ export function createHeartbeats(deps: HeartbeatDeps): Heartbeats {
     const gone = deps.present(caller.id)
     try {
       await stream.receive(async request => {
-        await deps.limit(caller.id)
+        const wait = deps.limit(caller.id, 1)
+        if (wait) await wait
         const receivedAtMs = deps.clock()
         let requirements: PostureRequirements
         try {

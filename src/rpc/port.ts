@@ -6,6 +6,8 @@
  * certificate changes without a restart: new handshakes get the new one, open connections stay.
  *
  * Where there are trusted proxies, what they say of their clients is read in front of TLS.
+ *
+ * The bounds are those of a process: each worker of `serve --workers` has places of its own.
  */
 import { constants } from 'node:crypto'
 import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
@@ -25,6 +27,10 @@ export type Port = {
   peer(address: string): Peer | undefined
   useIdentity(identity: ServerIdentity): void
   connections(): number
+  /** A connection that somebody else has accepted, for a port that does not listen itself. */
+  take(socket: Socket): void
+  /** Of the connections that were accepted: how many are open with their handshake over, and how many have ended. */
+  load(): { secure: number; ended: number }
   /** No new connections; open ones are asked to finish (GOAWAY) and cut after `graceMs`. */
   close(graceMs: number): Promise<void>
 }
@@ -46,8 +52,10 @@ const hangUpMs = 5_000
 
 export async function openPort(options: {
   server: Server
-  host: string
-  port: number
+  /** Undefined: it does not listen, and is given its connections by `take`. */
+  listen: { host: string; port: number } | undefined
+  /** Fewer than `connectionsMax`, where there is memory for fewer. */
+  connectionsMost?: number
   trustDomain: string
   identity: ServerIdentity
   /** Networks from which connections begin with a PROXY protocol header. */
@@ -61,6 +69,7 @@ export async function openPort(options: {
   log: Log
 }): Promise<Port> {
   const { server, trustDomain, log } = options
+  const connectionsMost = Math.min(options.connectionsMost ?? connectionsMax, connectionsMax)
   const peers = new Map<string, Peer>()
   /** What proxies have said of their clients, by the connection's own address as in `peers`. */
   const clientAddresses = new Map<string, string>()
@@ -73,15 +82,23 @@ export async function openPort(options: {
     handshakeTimeout: handshakeTimeoutMs,
   })
   const listener = options.trustedProxies.length === 0 ? tls : createTcpServer(acceptBehindProxies)
-  listener.maxConnections = connectionsMax
+  listener.maxConnections = connectionsMost
   /** Open connections without an identity, by address. */
   const anonymous = new Map<string, number>()
   /** All of them, also those whose header or handshake is not over: nobody else would end these. */
   const sockets = new Set<Socket>()
+  let secure = 0
+  let ended = 0
+  let onEmpty = () => {}
   listener.on('connection', (socket: Socket) => {
     sockets.add(socket)
-    socket.on('close', () => sockets.delete(socket))
+    socket.on('close', () => {
+      sockets.delete(socket)
+      ended++
+      if (sockets.size === 0) onEmpty()
+    })
   })
+  let closing = false
 
   const isTrustedProxy = networkList(options.trustedProxies)
   function acceptBehindProxies(socket: Socket): void {
@@ -137,6 +154,8 @@ export async function openPort(options: {
   }
 
   tls.on('secureConnection', socket => {
+    secure++
+    socket.once('close', () => secure--)
     const key = keyOf(socket)
     if (peers.has(key)) {
       // Two of our addresses may be called from the same address and port. A call names its connection by these alone,
@@ -175,22 +194,39 @@ export async function openPort(options: {
     log.debug({ err: error, address: keyOf(socket) }, 'TLS handshake failed')
   })
 
-  await new Promise<void>((resolve, reject) => {
-    listener.once('error', reject)
-    listener.listen(options.port, options.host, () => {
-      listener.off('error', reject)
-      resolve()
+  const { listen } = options
+  if (listen) {
+    await new Promise<void>((resolve, reject) => {
+      listener.once('error', reject)
+      listener.listen(listen.port, listen.host, () => {
+        listener.off('error', reject)
+        resolve()
+      })
     })
-  })
+  }
   listener.on('error', error => log.error({ err: error }, 'the port failed'))
 
   return {
-    port: (listener.address() as AddressInfo).port,
+    port: listen ? (listener.address() as AddressInfo).port : 0,
     peer: address => peers.get(address),
     useIdentity: identity => tls.setSecureContext(contextOf(identity)),
     connections: () => peers.size,
+    take(socket) {
+      if (!closing && sockets.size < connectionsMost) {
+        listener.emit('connection', socket)
+      } else {
+        socket.destroy()
+        ended++
+      }
+    },
+    load: () => ({ secure, ended }),
     async close(graceMs) {
-      const closed = new Promise<void>(resolve => listener.close(() => resolve()))
+      closing = true
+      const closed = new Promise<void>(resolve => {
+        onEmpty = resolve
+        if (sockets.size === 0) resolve()
+      })
+      if (listen) listener.close()
       injector.drain(graceMs)
       await Promise.race([closed, new Promise(resolve => setTimeout(resolve, graceMs + 500).unref())])
       injector.destroy()

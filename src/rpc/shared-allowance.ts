@@ -9,7 +9,7 @@
  * instance's share of a credit, which is a tenth of the limit. In each window of a key:
  *
  * 1. who comes first waits until the database has told what is counted so far and when the window ends. It hands out a
- *    share with that, half of the credit that is left, so that the shares of all who ever ask are never more than it
+ *    share with that, half of the credit that is left, rounded up, so that the shares of all who ever ask are never more than it
  * 2. then messages are admitted here, up to the share; from half of it on, what was admitted is settled behind their back
  * 3. who finds the share spent waits for the settlement that is under way, and is counted with it, exactly
  * 4. what is over the limit by what is known is refused here, until the window is over
@@ -20,10 +20,13 @@
  * stops. An instance that forgot a key, or died with what it had not settled, has lost a share and can only get another from
  * what is left. And nobody who stays under the limit is refused: nothing is counted twice, or for another window.
  *
+ * Where messages are few, the shares are small and nearly each message is settled. `gatherMs` then has many keys settled together.
+ *
  * When the database is away the shares are used up, and then nobody is let through. The rows are not logged: when
  * PostgreSQL itself crashes, windows begin anew.
  */
 import { createHash } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { LRUCache } from 'lru-cache'
 import type pg from 'pg'
 import { untilCommitted } from '../db/failure.ts'
@@ -45,7 +48,7 @@ export type Settled = {
   key: string
   /** What is counted in the window, `wanted` included, whether there was room for it or not. */
   counted: number
-  /** How much of the credit has been handed out. */
+  /** How much of the credit has been handed out, the share of this instance included; more than there is: it got none. */
   credit: number
   windowEnd: number
   msLeft: number
@@ -90,7 +93,22 @@ export function creditOf({ count }: RateLimit): number {
 }
 
 /**
+ * The share of whom `handedOut` was told: each gets half of what is left, rounded up, which leaves what it got or one less.
+ * Where another limit is in force elsewhere, what was handed out before is none of these sums; then the lesser is safe.
+ */
+function shareOf(credit: number, handedOut: number): number {
+  const left = Math.max(credit - handedOut, 0)
+  for (let sum = 0; sum < credit; ) {
+    const share = Math.ceil((credit - sum) / 2)
+    sum += share
+    if (sum === handedOut) return share
+  }
+  return left
+}
+
+/**
  * @param name the setting, for the message
+ * @param gatherMs how long a settlement waits for others to go with it, at the expense of those who wait for it
  * @param clock one that never jumps
  * @returns a function that takes `points` from the allowance of `key`, at once or after a wait
  * @throws Fault RESOURCE_EXHAUSTED `RATE_LIMITED` with RetryInfo; what `settle` throws when that is needed
@@ -99,11 +117,13 @@ export function sharedAllowance({
   name,
   limit,
   settle,
+  gatherMs = 0,
   clock = () => performance.now(),
 }: {
   name: string
   limit: RateLimit
   settle: Settle
+  gatherMs?: number
   clock?: () => number
 }): (key: string, points: number) => void | Promise<void> {
   const credit = creditOf(limit)
@@ -132,6 +152,7 @@ export function sharedAllowance({
   /** One statement at a time, in which all that came meanwhile is settled. */
   async function settleAll(): Promise<void> {
     while (due.size > 0) {
+      if (gatherMs > 0 && due.size < settlementsMax) await sleep(gatherMs)
       settling = new Map([...due].slice(0, settlementsMax))
       for (const key of settling.keys()) due.delete(key)
       await settleSome([...settling.values()])
@@ -170,7 +191,7 @@ export function sharedAllowance({
     } else {
       // What was not settled in the window before counts for nothing any more.
       allowance.unsettled = 0
-      allowance.share = Math.max(credit - answer.credit, 0)
+      allowance.share = shareOf(credit, answer.credit)
       allowance.windowEnd = answer.windowEnd
     }
     allowance.underWay = 0
@@ -247,7 +268,8 @@ const settlementStatement = `
       case when open then kept.expire else ms + $2::int end,
       case when not open then $3::int - $3::int / 2
         when known then kept.credit
-        else $3::int - greatest($3::int - kept.credit, 0) / 2 end
+        when kept.credit >= $3::int then $3::int + 1
+        else $3::int - ($3::int - kept.credit) / 2 end
     from (
       select ms, kept.expire > ms + ${earlyMs} and kept.expire <= ms + $2::int as open,
         kept.expire = ($1::jsonb -> kept.key ->> 2)::bigint as known

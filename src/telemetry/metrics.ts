@@ -16,7 +16,7 @@
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import type { Meter, ObservableResult } from '@opentelemetry/api'
-import { PrometheusExporter } from '@opentelemetry/exporter-prometheus'
+import { PrometheusExporter, PrometheusSerializer } from '@opentelemetry/exporter-prometheus'
 import { MeterProvider } from '@opentelemetry/sdk-metrics'
 
 export type Metrics = {
@@ -50,6 +50,8 @@ export type Metrics = {
   observe(sources: Partial<MetricSources>): void
   /** Answers a scrape. */
   handler(request: IncomingMessage, response: ServerResponse): void
+  /** What a scrape would be answered, for a parent who answers for several processes. */
+  scrape(): Promise<string>
   stop(): Promise<void>
 }
 
@@ -67,6 +69,8 @@ export type MetricSources = {
   connectionsSuspended: () => number
   /** Pushed to devices that have not acknowledged them. */
   revocationsUnacknowledged: () => number
+  /** Past their handshake. */
+  tlsConnections: () => number
   /** By method. */
   streamsOpen: () => ReadonlyMap<string, number>
   pool: () => { total: number; idle: number; waiting: number }
@@ -118,9 +122,7 @@ const REVOCATION_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 const EVENT_LOOP_RESOLUTION_MS = 10
 
 export function startMetrics({ instanceId, version }: { instanceId: string; version: string }): Metrics {
-  const exporter = new PrometheusExporter({ preventServerStart: true, withoutScopeInfo: true, withoutTargetInfo: true })
-  const provider = new MeterProvider({ readers: [exporter] })
-  const meter = provider.getMeter('edgemesh')
+  const { exporter, provider, meter, scrape } = createMeter()
 
   const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
   const undecided = tally(
@@ -148,12 +150,7 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   ])
   const calls = tally(meter, 'edgemesh_calls_total', 'RPCs by method and status code', ['method', 'code'])
   const proxyHeaders = tally(meter, 'edgemesh_proxy_headers_total', 'PROXY protocol headers by outcome', ['outcome'])
-  const refusedConnections = tally(
-    meter,
-    'edgemesh_refused_connections_total',
-    'Connections ended when their handshake was over, by why',
-    ['why'],
-  )
+  const refusedConnections = tally(meter, ...refusedConnectionsTotal)
   const reportReads = tally(
     meter,
     'edgemesh_report_reads_total',
@@ -218,10 +215,57 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     revocationAcknowledged: seconds => revocationAcknowledgedSeconds.record(seconds),
     observe: sources => observeSources(meter, sources),
     handler: (request, response) => exporter.getMetricsRequestHandler(request, response),
+    scrape,
     async stop() {
       stopEventLoop()
       await provider.shutdown()
     },
+  }
+}
+
+export type ParentMetrics = {
+  /** A worker has ended that was not told to: it `crashed`, was `silent` and was killed, or `left` in good order. */
+  workerEnded(how: 'crashed' | 'silent' | 'left'): void
+  /** A connection found no worker that could take it. */
+  refusedConnection(): void
+  scrape(): Promise<string>
+  stop(): Promise<void>
+}
+
+/** What the parent of workers measures: itself, and who of them is there. @param workers their number by state */
+export function startParentMetrics(workers: () => ReadonlyMap<string, number>): ParentMetrics {
+  const { provider, meter, scrape } = createMeter()
+  const ended = tally(meter, 'edgemesh_worker_exits_total', 'Workers that ended by themselves, by how', ['how'])
+  const refusedConnections = tally(meter, ...refusedConnectionsTotal)
+  for (const how of ['crashed', 'silent', 'left']) ended(0, how)
+  refusedConnections(0, 'no_worker')
+  meter
+    .createObservableGauge('edgemesh_workers', { description: 'Worker processes by state' })
+    .addCallback(each('state', workers))
+  watchProcess(meter)
+  return {
+    workerEnded: how => ended(1, how),
+    refusedConnection: () => refusedConnections(1, 'no_worker'),
+    scrape,
+    stop: () => provider.shutdown(),
+  }
+}
+
+const refusedConnectionsTotal = [
+  'edgemesh_refused_connections_total',
+  'Connections ended when their handshake was over, or for want of a worker, by why',
+  ['why'],
+] as const
+
+function createMeter() {
+  const exporter = new PrometheusExporter({ preventServerStart: true, withoutScopeInfo: true, withoutTargetInfo: true })
+  const provider = new MeterProvider({ readers: [exporter] })
+  const serializer = new PrometheusSerializer('', false, undefined, true, true)
+  return {
+    exporter,
+    provider,
+    meter: provider.getMeter('edgemesh'),
+    scrape: async () => serializer.serialize((await exporter.collect()).resourceMetrics),
   }
 }
 
@@ -278,7 +322,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, devicesByPresence, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
-  const { connectionsSuspended, revocationsUnacknowledged } = sources
+  const { connectionsSuspended, revocationsUnacknowledged, tlsConnections } = sources
   const { pool, replicas, databaseFailures, decisionCache, policy, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
@@ -319,6 +363,9 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
     gauge('edgemesh_revocations_unacknowledged', 'Revocations pushed and not acknowledged', result =>
       result.observe(revocationsUnacknowledged()),
     )
+  }
+  if (tlsConnections) {
+    gauge('edgemesh_tls_connections', 'TLS connections open now', result => result.observe(tlsConnections()))
   }
   if (streamsOpen) {
     gauge('edgemesh_streams_open', 'Streams open now', each('method', streamsOpen))

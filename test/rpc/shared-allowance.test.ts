@@ -10,7 +10,7 @@ import type { RateLimit } from '../../src/settings.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 /** One more instance, with a pool of its own that counts its statements. */
-function instance(t: ExecutionContext, url: string, limit: RateLimit) {
+function instance(t: ExecutionContext, url: string, limit: RateLimit, options: { gatherMs?: number } = {}) {
   const pool = new pg.Pool({ connectionString: url, max: 2 })
   pool.on('error', () => {})
   t.teardown(() => pool.end())
@@ -19,6 +19,7 @@ function instance(t: ExecutionContext, url: string, limit: RateLimit) {
   const take = sharedAllowance({
     name: 'LIMIT',
     limit,
+    ...options,
     settle(settlements) {
       counting.statements++
       return settle(settlements)
@@ -123,6 +124,24 @@ test('many devices are settled in one statement', async t => {
   t.true(counting.statements <= 2, `${counting.statements} statements`)
 })
 
+test('a fleet that reports now and then is counted in a few statements, and whoever is within its allowance does not wait', async t => {
+  const { url } = await testDatabase(t)
+  const limit = { count: 10, windowSeconds: 60 }
+  const { take, counting } = instance(t, url, limit, { gatherMs: 100 })
+  const waits = { first: 0, second: 0 }
+  await Promise.all(
+    Array.from({ length: 300 }, async (_, at) => {
+      await sleep(at)
+      const wait = take(`device-${at}`, 1)
+      if (wait) waits.first++
+      await wait
+      if (take(`device-${at}`, 1)) waits.second++
+    }),
+  )
+  t.deepEqual(waits, { first: 300, second: 0 })
+  t.true(counting.statements <= 30, `${counting.statements} statements`)
+})
+
 test('instances that settle the same devices do not lock each other out', async t => {
   const { url } = await testDatabase(t)
   const instances = Array.from({ length: 3 }, () => instance(t, url, { count: 5, windowSeconds: 60 }))
@@ -224,10 +243,11 @@ function modelDatabase(limit: RateLimit, now: () => number) {
         const row = rows.get(key)
         const open = row && row.end > now() + earlyMs
         const known = open && row.end === windowEnd
+        const handedOut = open && (row.credit >= credit ? credit + 1 : credit - Math.floor((credit - row.credit) / 2))
         const next: Row = open
           ? {
               counted: row.counted + wanted + (known ? used : 0),
-              credit: known ? row.credit : credit - Math.floor((credit - row.credit) / 2),
+              credit: known ? row.credit : (handedOut as number),
               end: row.end,
             }
           : { counted: wanted, credit: credit - Math.floor(credit / 2), end: now() + windowMs }

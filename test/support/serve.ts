@@ -4,9 +4,22 @@ import { once } from 'node:events'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { ExecutionContext } from 'ava'
+import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { openOffline } from '../../src/server.ts'
+import { readSettings } from '../../src/settings.ts'
+import { createLog } from '../../src/telemetry/log.ts'
+import { type Credentials, testEnvironment } from './edgemesh.ts'
 
 export type ServedEdgeMesh = {
   address: string
+  /** The telemetry port. */
+  http: string
+  pid: number
+  /** What it has said so far: its log, and what is no log. */
+  log: Record<string, unknown>[]
+  said: string[]
+  /** How it ended, once it has. */
+  ended: Promise<{ code: number | null; signal: NodeJS.Signals | null }>
   /** With -9: nothing is finished, nothing is said. */
   kill(): Promise<void>
   /** As a supervisor does: it drains. @returns its exit code */
@@ -19,46 +32,63 @@ const main = join(import.meta.dirname, '../../src/main.ts')
  * Resolves when it serves.
  *
  * @param env settings by their variables, besides which only PATH is passed on
- * @param program `main.ts` of this version, or of another
+ * @param options.args for `edgemesh serve`
+ * @param options.nodeArgs for Node itself
+ * @param options.program `main.ts` of this version, or of another
  */
 export async function serve(
-  t: Pick<ExecutionContext, 'teardown'>,
+  t: Pick<ExecutionContext, 'teardown' | 'log' | 'passed'>,
   env: Record<string, string>,
-  program = main,
+  options: { args?: string[]; nodeArgs?: string[]; program?: string } = {},
 ): Promise<ServedEdgeMesh> {
-  const child = spawn(process.execPath, [program, 'serve'], {
+  const { args = [], nodeArgs = [], program = main } = options
+  const child = spawn(process.execPath, [...nodeArgs, program, 'serve', ...args], {
     env: { PATH: process.env.PATH, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],
+    // A group of its own, as a shell makes it, so that a signal can be sent to all.
+    detached: true,
   })
-  t.teardown(() => kill(child))
+  t.teardown(() => killGroup(child))
+  const ended = once(child, 'exit').then(([code, signal]) => ({ code, signal }))
+  const said: string[] = []
+  const log: Record<string, unknown>[] = []
+  t.teardown(() => {
+    if (t.passed === false) t.log(said.join('\n'))
+  })
+  const { port, metricsPort } = await portsOf(child, said, log)
   return {
-    address: await addressOf(child),
+    address: `127.0.0.1:${port}`,
+    http: `http://127.0.0.1:${metricsPort}`,
+    pid: child.pid as number,
+    log,
+    said,
+    ended,
     kill: () => kill(child),
     async stop() {
-      const exited = once(child, 'exit')
       child.kill('SIGTERM')
-      return (await exited)[0]
+      return (await ended).code
     },
   }
 }
 
 /** The log says which ports were free. */
-async function addressOf({ stdout, stderr }: ChildProcess): Promise<string> {
+async function portsOf({ stdout, stderr }: ChildProcess, said: string[], log: Record<string, unknown>[]) {
   if (!stdout || !stderr) throw new Error('the process has no output')
-  const said: string[] = []
   stderr.setEncoding('utf8').on('data', text => said.push(text))
-  return new Promise((resolve, reject) => {
+  return new Promise<{ port: unknown; metricsPort: unknown }>((resolve, reject) => {
     const lines = createInterface({ input: stdout })
     lines.on('line', line => {
       said.push(line)
-      const { port, msg } = readLine(line)
-      if (msg === 'edgemesh is serving') resolve(`127.0.0.1:${port}`)
+      const entry = readLine(line)
+      log.push(entry)
+      const { port, metricsPort, msg } = entry
+      if (msg === 'edgemesh is serving') resolve({ port, metricsPort })
     })
     lines.on('close', () => reject(new Error(`edgemesh serve ended:\n${said.join('\n')}`)))
   })
 }
 
-function readLine(line: string): { port?: number; msg?: string } {
+function readLine(line: string): Record<string, unknown> {
   try {
     return JSON.parse(line)
   } catch {
@@ -71,4 +101,27 @@ async function kill(child: ChildProcess): Promise<void> {
   const exited = once(child, 'exit')
   child.kill('SIGKILL')
   await exited
+}
+
+async function killGroup(child: ChildProcess): Promise<void> {
+  await kill(child)
+  try {
+    process.kill(-(child.pid as number), 'SIGKILL')
+  } catch {
+    // There is nobody left.
+  }
+}
+
+/** An operator of a server on that database, made beside it. */
+export async function operatorOf(databaseUrl: string): Promise<Credentials> {
+  const settings = readSettings({ ...testEnvironment, DATABASE_URL: databaseUrl })
+  const offline = await openOffline(settings, createLog({ level: 'fatal' }))
+  try {
+    const keyPem = createKey()
+    const csr = signingRequestFor(keyPem)
+    const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
+    return { ...issued, keyPem }
+  } finally {
+    await offline.close()
+  }
 }

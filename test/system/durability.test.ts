@@ -1,9 +1,6 @@
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
-import { openOffline } from '../../src/server.ts'
-import { readSettings } from '../../src/settings.ts'
-import { createLog } from '../../src/telemetry/log.ts'
+import { createKey } from '../../src/agent/csr.ts'
 import { type AuthorizeClient, authorizations, endOf, type HeartbeatClient, heartbeats } from '../support/device.ts'
 import {
   type Credentials,
@@ -20,7 +17,7 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 import { testDatabase } from '../support/postgres.ts'
-import { serve } from '../support/serve.ts'
+import { operatorOf, serve } from '../support/serve.ts'
 
 type InUse = { mesh: EdgeMesh; heart: HeartbeatClient; access: AuthorizeClient }
 
@@ -36,19 +33,6 @@ async function furnished(t: ExecutionContext): Promise<InUse> {
 }
 
 const inUse = shared(test, furnished)
-
-async function operatorOf(databaseUrl: string): Promise<Credentials> {
-  const settings = readSettings({ ...testEnvironment, DATABASE_URL: databaseUrl })
-  const offline = await openOffline(settings, createLog({ level: 'fatal' }))
-  try {
-    const keyPem = createKey()
-    const csr = signingRequestFor(keyPem)
-    const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
-    return { ...issued, keyPem }
-  } finally {
-    await offline.close()
-  }
-}
 
 /** A service that can be killed and started again, and what its users hold. */
 async function killable(t: ExecutionContext) {

@@ -1,10 +1,12 @@
-/** RATE_LIMIT_ENROLLMENTS on real servers: across instances, by the client's own address. */
+/** Rate limits on real servers: across instances, by the client's own address or by device. */
 import test, { type ExecutionContext } from 'ava'
 import { createKey } from '../../src/agent/csr.ts'
+import { endOf, heartbeats } from '../support/device.ts'
 import {
   clientsOf,
   type EdgeMesh,
   enrollOnce,
+  healthy,
   type Refusal,
   refusal,
   refused,
@@ -113,4 +115,29 @@ test('a device that asks three instances at once gets its limit and at most a te
   }
   const { rows } = await one.pool.query('select count(*)::int as decisions from decisions')
   t.is(rows[0].decisions, answered)
+})
+
+test('a device that reports at three instances at once gets its limit and at most a tenth more; one that does not, all of its own', async t => {
+  const env = { RATE_LIMIT_HEALTH: '20/minute' }
+  const one = await startEdgeMesh(t, env)
+  const instances = [one, await startSecondInstance(t, one, env), await startSecondInstance(t, one, env)]
+  const [device, modest] = [await one.enroll({ device: { id: 'alpha' } }), await one.enroll({ device: { id: 'beta' } })]
+  const streams = instances.map(instance => heartbeats(t, instance, device))
+  const reports = streams.map(async stream => {
+    for (let sent = 0; sent < 30; sent++) await stream.beat(healthy)
+  })
+  const ends = await Promise.all(streams.map(endOf))
+  await Promise.allSettled(reports)
+  for (const end of ends) {
+    t.like(end, { code: 'RESOURCE_EXHAUSTED', reason: 'RATE_LIMITED' })
+    t.true(end?.retryAfterMs !== undefined && end.retryAfterMs > 0 && end.retryAfterMs <= 60_000)
+  }
+  const acknowledged = streams.flatMap(({ responses }) => responses.filter(one => one.acknowledgedSequence > 0)).length
+  t.true(acknowledged >= 20 && acknowledged <= 22, `${acknowledged} acknowledged`)
+
+  const moving = heartbeats(t, instances[1]!, modest)
+  for (let sent = 0; sent < 10; sent++) await moving.beat(healthy)
+  const moved = heartbeats(t, instances[2]!, modest)
+  for (let sent = 0; sent < 10; sent++) await moved.beat(healthy)
+  t.pass()
 })

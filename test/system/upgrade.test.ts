@@ -148,7 +148,7 @@ async function thereAndBack(t: ExecutionContext, older: Version, newer: Version)
   const schemaOfOlder = await applied()
   const places = await Promise.all(
     [1, 2].map(async (): Promise<Place> => {
-      const running = await serve(t, env, older.program)
+      const running = await serve(t, env, { program: older.program })
       return { running, way: await link(t, portOf(running)) }
     }),
   )
@@ -208,7 +208,7 @@ async function thereAndBack(t: ExecutionContext, older: Version, newer: Version)
     await eventually('all go on', () => loads.every(({ turns }, at) => turns() > before[at]! + 3))
   }
   async function replace(place: Place, version: Version): Promise<void> {
-    const next = await serve(t, env, version.program)
+    const next = await serve(t, env, { program: version.program })
     place.way.leadTo(portOf(next))
     t.is(await place.running.stop(), 0)
     place.running = next
