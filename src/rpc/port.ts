@@ -5,7 +5,8 @@
  * a message, calls without a certificate arrive and can be refused one by one with a reason, and the server's
  * certificate changes without a restart: new handshakes get the new one, open connections stay.
  *
- * Where there are trusted proxies, what they say of their clients is read in front of TLS.
+ * Where there are trusted proxies, what they say of their clients is read in front of TLS. Then a connection waits for its
+ * turn, which in a storm is not at once (`admission.ts`).
  *
  * The bounds are those of a process: each worker of `serve --workers` has places of its own.
  */
@@ -15,6 +16,7 @@ import { createServer, type SecureContextOptions } from 'node:tls'
 import { type Server, ServerCredentials } from '@grpc/grpc-js'
 import { networkList, networkOf, plainAddress } from '../network.ts'
 import type { Log } from '../telemetry/log.ts'
+import { admitAtPace, type RefusedArrival } from './admission.ts'
 import { type IssuerOf, type Peer, readPeer } from './peer.ts'
 import { ProxyHeaderError, type ProxyHeaderFailure, takeProxyHeader } from './proxy-protocol.ts'
 
@@ -31,12 +33,17 @@ export type Port = {
   take(socket: Socket): void
   /** Of the connections that were accepted: how many are open with their handshake over, and how many have ended. */
   load(): { secure: number; ended: number }
+  /** Those that wait for their handshake to begin. */
+  waiting(): number
   /** No new connections; open ones are asked to finish (GOAWAY) and cut after `graceMs`. */
   close(graceMs: number): Promise<void>
 }
 
-/** `not_http2`: nothing but HTTP/2 is spoken here. `address_full`: too many without an identity from this address. */
-export type RefusedConnection = 'not_http2' | 'address_full'
+/**
+ * `not_http2`: nothing but HTTP/2 is spoken here. `address_full`: too many without an identity from this address. The others
+ * never came to their handshake.
+ */
+export type RefusedConnection = 'not_http2' | 'address_full' | RefusedArrival
 
 /** A handshake that takes longer than this is not one. */
 const handshakeTimeoutMs = 10_000
@@ -47,6 +54,8 @@ const connectionsMax = 20_000
  * for enrolling and asking after health, and a thousand devices that wait for approval may share an address.
  */
 const anonymousPerAddressMax = 1_000
+/** Of a connection that waits for its handshake no more is read than this and what comes at once; TLS reads by itself. */
+const waitingBytesMax = 16_384
 /** Whoever was told that its connection ends has so long to hang up. */
 const hangUpMs = 5_000
 
@@ -62,7 +71,9 @@ export async function openPort(options: {
   trustedProxies: readonly string[]
   onProxyHeader: (outcome: 'read' | ProxyHeaderFailure) => void
   issuerOf: IssuerOf
-  /** A handshake is over, and the connection is not wanted. */
+  /** A handshake begins, for which the connection has waited so long. */
+  onAdmitted: (waitedMs: number) => void
+  /** A connection is not wanted. */
   onRefused: (why: RefusedConnection) => void
   /** A handshake is over, and the connection has been handed on. */
   onConnection: (peer: Peer, socket: Socket) => void
@@ -81,7 +92,15 @@ export async function openPort(options: {
     ALPNProtocols: ['h2'],
     handshakeTimeout: handshakeTimeoutMs,
   })
-  const listener = options.trustedProxies.length === 0 ? tls : createTcpServer(acceptBehindProxies)
+  const admission = admitAtPace({
+    admit: socket => void tls.emit('connection', socket),
+    onAdmitted: options.onAdmitted,
+    onRefused: (why, socket) => noteRefused(socket, why),
+  })
+  const listener = createTcpServer(
+    { highWaterMark: waitingBytesMax },
+    options.trustedProxies.length === 0 ? admission.arrive : acceptBehindProxies,
+  )
   listener.maxConnections = connectionsMost
   /** Open connections without an identity, by address. */
   const anonymous = new Map<string, number>()
@@ -103,7 +122,7 @@ export async function openPort(options: {
   const isTrustedProxy = networkList(options.trustedProxies)
   function acceptBehindProxies(socket: Socket): void {
     // A header of anybody else is the garbage that TLS takes it for.
-    if (!isTrustedProxy(plainAddress(socket.remoteAddress ?? ''))) tls.emit('connection', socket)
+    if (!isTrustedProxy(plainAddress(socket.remoteAddress ?? ''))) admission.arrive(socket)
     else void acceptFromProxy(socket)
   }
 
@@ -121,7 +140,7 @@ export async function openPort(options: {
         clientAddresses.set(key, header.clientAddress)
         socket.on('close', () => clientAddresses.delete(key))
       }
-      tls.emit('connection', socket)
+      admission.arrive(socket)
     } catch (error) {
       socket.destroy()
       if (error instanceof ProxyHeaderError) {
@@ -133,9 +152,13 @@ export async function openPort(options: {
     }
   }
 
-  function refuse(socket: Socket, why: RefusedConnection): void {
+  function noteRefused(socket: Socket, why: RefusedConnection): void {
     options.onRefused(why)
     log.debug({ address: keyOf(socket), why }, 'a connection was refused')
+  }
+
+  function refuse(socket: Socket, why: RefusedConnection): void {
+    noteRefused(socket, why)
     socket.destroy()
   }
 
@@ -220,6 +243,7 @@ export async function openPort(options: {
       }
     },
     load: () => ({ secure, ended }),
+    waiting: admission.waiting,
     async close(graceMs) {
       closing = true
       const closed = new Promise<void>(resolve => {

@@ -49,9 +49,17 @@ export type InternalError = { code: 'INTERNAL'; reason: 'INTERNAL'; message: str
 /**
  * The gRPC status with its details in `grpc-status-details-bin`.
  *
+ * Of an outage everybody is told at the same time, and not every client adds a jitter of its own: each is told another time,
+ * up to twice as long, so that they don't come back together.
+ *
  * @param trailer what every answer carries
+ * @param random 0 to 1, exclusive
  */
-export function statusOf(fault: Fault | InternalError, trailer = new Metadata()): StatusObject {
+export function statusOf(
+  fault: Fault | InternalError,
+  trailer = new Metadata(),
+  random: () => number = Math.random,
+): StatusObject {
   const code = status[fault.code]
   const metadata = trailer.clone()
   const details = [
@@ -70,7 +78,8 @@ export function statusOf(fault: Fault | InternalError, trailer = new Metadata())
     details.push(packed('google.rpc.BadRequest', BadRequest, { fieldViolations }))
   }
   if (fault instanceof Fault && fault.retryAfterMs !== undefined) {
-    details.push(packed('google.rpc.RetryInfo', RetryInfo, { retryDelay: durationOf(fault.retryAfterMs) }))
+    const spread = fault.code === 'UNAVAILABLE' ? 1 + random() : 1
+    details.push(packed('google.rpc.RetryInfo', RetryInfo, { retryDelay: durationOf(fault.retryAfterMs * spread) }))
   }
   const encoded = Status.encode({ code, message: fault.message, details }).finish()
   metadata.set('grpc-status-details-bin', Buffer.from(encoded))

@@ -36,7 +36,12 @@ export type Metrics = {
   call(method: string, code: string): void
   /** A trusted proxy has opened a connection: its header was `read`, or was `malformed` or `late`. */
   proxyHeader(outcome: string): void
-  /** A connection was ended when its handshake was over: `not_http2`, or `address_full`. */
+  /** The handshake of a connection begins, for which it has waited so long. */
+  admittedConnection(waitedMs: number): void
+  /**
+   * A connection was ended when its handshake was over: `not_http2`, or `address_full`; or before it has begun:
+   * `queue_full`, `waited_too_long`, or `no_hello`.
+   */
   refusedConnection(why: string): void
   /** A batch of audit rows has been committed. */
   auditCommit(rows: number, seconds: number): void
@@ -73,6 +78,8 @@ export type MetricSources = {
   tlsConnections: () => number
   /** By method. */
   streamsOpen: () => ReadonlyMap<string, number>
+  /** Connections that wait for their handshake to begin. */
+  connectionsWaiting: () => number
   pool: () => { total: number; idle: number; waiting: number }
   replicas: () => readonly ReplicaSource[]
   /** By kind, so far. */
@@ -119,6 +126,8 @@ const COMMIT_SECONDS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 const REVOCATION_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
+const WAIT_SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
 const EVENT_LOOP_RESOLUTION_MS = 10
 
 export function startMetrics({ instanceId, version }: { instanceId: string; version: string }): Metrics {
@@ -157,6 +166,11 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     'Lists and reports read, where there are replicas, by where and why there',
     ['where', 'why'],
   )
+  const admittedConnections = tally(meter, 'edgemesh_admitted_connections_total', 'Handshakes begun', [])
+  const waitSeconds = meter.createHistogram('edgemesh_connection_wait_seconds', {
+    description: 'Time from the first words of a client to the begin of its handshake',
+    advice: { explicitBucketBoundaries: WAIT_SECONDS },
+  })
   const auditRows = tally(meter, 'edgemesh_audit_rows_total', 'Audit rows committed', [])
   const decisionSeconds = meter.createHistogram('edgemesh_authorization_latency_seconds', {
     description: 'Time from a message to the decisions that it asked for',
@@ -180,7 +194,9 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   for (const reason of ['POLICY_UNAVAILABLE', 'AUDIT_UNAVAILABLE', 'DATABASE_UNAVAILABLE']) undecided(0, reason)
   heartbeats(0)
   auditRows(0)
-  for (const why of ['not_http2', 'address_full']) refusedConnections(0, why)
+  for (const why of ['not_http2', 'address_full', 'queue_full', 'waited_too_long', 'no_hello'])
+    refusedConnections(0, why)
+  admittedConnections(0)
   for (const outcome of ['quarantined', 'approved', 'needs_approval']) recoveries(0, outcome)
 
   meter
@@ -202,6 +218,10 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     connection: (service, status) => connections(1, service, status),
     call: (method, code) => calls(1, method, code),
     proxyHeader: outcome => proxyHeaders(1, outcome),
+    admittedConnection(waitedMs) {
+      admittedConnections(1)
+      waitSeconds.record(waitedMs / 1_000)
+    },
     refusedConnection: why => refusedConnections(1, why),
     auditCommit(rows, seconds) {
       auditRows(rows)
@@ -322,7 +342,7 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
 
 function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   const { devicesByStatus, devicesByPresence, unhealthyDevices, clocks, connectionsActive, streamsOpen } = sources
-  const { connectionsSuspended, revocationsUnacknowledged, tlsConnections } = sources
+  const { connectionsSuspended, revocationsUnacknowledged, tlsConnections, connectionsWaiting } = sources
   const { pool, replicas, databaseFailures, decisionCache, policy, feedLagSeconds, expiries } = sources
 
   function gauge(name: string, description: string, read: (result: ObservableResult) => void): void {
@@ -369,6 +389,11 @@ function observeSources(meter: Meter, sources: Partial<MetricSources>): void {
   }
   if (streamsOpen) {
     gauge('edgemesh_streams_open', 'Streams open now', each('method', streamsOpen))
+  }
+  if (connectionsWaiting) {
+    gauge('edgemesh_connections_waiting', 'Connections that wait for their handshake to begin', result =>
+      result.observe(connectionsWaiting()),
+    )
   }
   if (pool) {
     gauge('edgemesh_database_pool_connections', 'Database connections by state', result => {

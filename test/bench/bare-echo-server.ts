@@ -8,27 +8,30 @@ import type { Identity } from './enrolled-device.ts'
 
 export type BareEcho = {
   address: string
-  client: Identity
+  /** Of a client; and the server's own. */
+  client: Identity & { serverCertificatePem: string; serverKeyPem: string }
   /** What every question is answered with from now on. */
   answer(answer: Answer): Promise<void>
   cpuSince(before?: NodeJS.CpuUsage): Promise<NodeJS.CpuUsage>
+  /** What of the machine's memory the process has, when its garbage is collected. */
+  rssBytes(): Promise<number>
   stop(): Promise<void>
 }
 
 export async function startBareEcho(): Promise<BareEcho> {
   const child = fork(join(import.meta.dirname, 'bare-echo.ts'), {
-    execArgv: [],
+    execArgv: ['--expose-gc'],
     serialization: 'advanced',
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
   })
   const exited = once(child, 'exit')
-  type Message = { started: EchoStarted; cpu: NodeJS.CpuUsage }
+  type Message = { started: EchoStarted; cpu: NodeJS.CpuUsage; rssBytes: number }
   const next = () =>
     new Promise<Message>((resolve, reject) => {
       child.once('message', message => resolve(message as Message))
       exited.then(([code]) => reject(new Error(`the bare server has ended with code ${code}`)))
     })
-  const ask = (question: { ask: 'cpu' } | { ask: 'answer'; answer: Answer }) => {
+  const ask = (question: { ask: 'cpu' } | { ask: 'memory' } | { ask: 'answer'; answer: Answer }) => {
     const answered = next()
     child.send(question)
     return answered
@@ -43,6 +46,7 @@ export async function startBareEcho(): Promise<BareEcho> {
       const { cpu } = await ask({ ask: 'cpu' })
       return { user: cpu.user - before.user, system: cpu.system - before.system }
     },
+    rssBytes: async () => (await ask({ ask: 'memory' })).rssBytes,
     async stop() {
       if (child.connected) child.disconnect()
       await exited

@@ -12,12 +12,17 @@ import {
   AuthorizeServiceService,
   type CheckResponse,
 } from '../../src/gen/edgemesh/v1/authorize.ts'
+import {
+  type HeartbeatRequest,
+  HeartbeatResponse,
+  HeartbeatServiceService,
+} from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { createAuthority, openAuthority } from '../../src/identity/certificate-authority.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { encodePem } from '../../src/identity/pem.ts'
 
-export type EchoStarted = { port: number; rootsPem: string; certificatePem: string; keyPem: string }
+export type EchoStarted = { port: number } & Awaited<ReturnType<typeof createIdentity>>
 
 const validityMs = 3_600_000
 
@@ -48,6 +53,21 @@ server.addService(AuthorizeServiceService, {
   },
 })
 
+server.addService(HeartbeatServiceService, {
+  heartbeat(stream: {
+    on(event: 'data', listener: (request: HeartbeatRequest) => void): void
+    on(event: 'end' | 'error', listener: () => void): void
+    write(response: HeartbeatResponse): void
+    end(): void
+  }) {
+    stream.on('data', ({ sequence }) =>
+      stream.write(HeartbeatResponse.fromPartial({ acknowledgedSequence: sequence, serverTime: new Date() })),
+    )
+    stream.on('error', () => {})
+    stream.on('end', () => stream.end())
+  },
+})
+
 function answerTo(questionId: string): Answer {
   if (!answer) throw new Error('asked before it was told what to answer')
   return { ...answer, questionId }
@@ -55,19 +75,19 @@ function answerTo(questionId: string): Answer {
 
 const identity = await createIdentity()
 const port = await new Promise<number>((resolve, reject) => {
-  const { rootsPem, serverKeyPem, serverChainPem } = identity
-  const pairs = [{ private_key: Buffer.from(serverKeyPem), cert_chain: Buffer.from(serverChainPem) }]
+  const { rootsPem, serverKeyPem, serverCertificatePem } = identity
+  const pairs = [{ private_key: Buffer.from(serverKeyPem), cert_chain: Buffer.from(serverCertificatePem) }]
   const credentials = ServerCredentials.createSsl(Buffer.from(rootsPem), pairs, true)
   server.bindAsync('127.0.0.1:0', credentials, (error, bound) => (error ? reject(error) : resolve(bound)))
 })
 
-process.on('message', (message: { ask: 'cpu' } | { ask: 'answer'; answer: Answer }) => {
+process.on('message', (message: { ask: 'cpu' } | { ask: 'memory' } | { ask: 'answer'; answer: Answer }) => {
   if (message.ask === 'answer') answer = message.answer
-  process.send?.({ cpu: process.cpuUsage() })
+  if (message.ask === 'memory') globalThis.gc?.()
+  process.send?.({ cpu: process.cpuUsage(), rssBytes: process.memoryUsage.rss() })
 })
 process.on('disconnect', () => process.exit())
-const { rootsPem, certificatePem, keyPem } = identity
-process.send?.({ started: { port, rootsPem, certificatePem, keyPem } satisfies EchoStarted })
+process.send?.({ started: { port, ...identity } satisfies EchoStarted })
 
 /** An authority with a server's and a client's certificate, of the kinds that EdgeMesh has. */
 async function createIdentity() {
@@ -87,7 +107,7 @@ async function createIdentity() {
   return {
     rootsPem: [authority.rootPem, ...authority.intermediates].join(''),
     serverKeyPem: pair.privateKey.export({ type: 'pkcs8', format: 'pem' }).toString(),
-    serverChainPem: issue('server', pair.publicKey.export({ type: 'spki', format: 'der' }), {
+    serverCertificatePem: issue('server', pair.publicKey.export({ type: 'spki', format: 'der' }), {
       dnsNames: ['localhost'],
     }),
     keyPem,

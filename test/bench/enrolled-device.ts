@@ -18,7 +18,8 @@ import {
   type HeartbeatResponse,
   HeartbeatServiceClient,
 } from '../../src/gen/edgemesh/v1/heartbeat.ts'
-import { DeviceDescription, Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
+import { healthy } from './healthy.ts'
 import type { Served } from './served.ts'
 
 /** PEM. */
@@ -51,7 +52,7 @@ export async function enrollDevice(served: Served, services: readonly string[]):
   await new Promise<void>((resolve, reject) => {
     stream.on('error', reject)
     stream.once('data', (_: HeartbeatResponse) => resolve())
-    stream.write(HeartbeatRequest.fromPartial({ sequence: 1, posture: healthy }))
+    stream.write(HeartbeatRequest.fromPartial({ sequence: 1, posture: healthy() }))
   })
   return {
     ...device,
@@ -62,16 +63,6 @@ export async function enrollDevice(served: Served, services: readonly string[]):
     },
   }
 }
-
-const healthy = Posture.fromPartial({
-  cpuPercent: 10,
-  memoryPercent: 20,
-  diskPercent: 30,
-  patchesCurrent: true,
-  antivirusEnabled: true,
-  diskEncrypted: true,
-  firewallEnabled: true,
-})
 
 /** @returns a token to enroll with */
 async function setUp(served: Served, user: string, services: readonly string[]): Promise<string> {

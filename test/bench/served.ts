@@ -6,20 +6,35 @@ import type { Profiler } from 'node:inspector'
 import { join } from 'node:path'
 import { administer, databaseUrl, givenServerUrl, type Server, startEmbedded } from '../support/postgres-server.ts'
 
-export type Question = { ask: 'operator'; csr: Uint8Array } | { ask: 'cpu' } | { ask: 'profile' } | { ask: 'profiled' }
+export type Question =
+  | { ask: 'operator'; csr: Uint8Array }
+  | { ask: 'cpu' }
+  | { ask: 'memory' }
+  | { ask: 'profile' }
+  | { ask: 'profiled' }
 
-export type Answer = { certificatePem?: string; cpu?: NodeJS.CpuUsage; profile?: Profiler.Profile }
+export type Answer = {
+  certificatePem?: string
+  cpu?: NodeJS.CpuUsage
+  rssBytes?: number
+  profile?: Profiler.Profile
+}
 
 export type Served = {
   address: string
   databaseUrl: string
   rootsPem: string
+  secrets: { ENROLLMENT_TOKEN_SECRET: string; CA_KEY_PASSPHRASE: string }
   /** A certificate of an operator who may do everything. */
   operatorCertificate(csr: Uint8Array): Promise<string>
   /** The server's processor time since `before`, of all its threads. */
   cpuSince(before?: NodeJS.CpuUsage): Promise<NodeJS.CpuUsage>
+  /** What of the machine's memory the process has, when its garbage is collected. */
+  rssBytes(): Promise<number>
   /** What the server does while `work` is going on, and the processor time that it takes for it. */
   profile(work: () => Promise<void>): Promise<{ recorded: Profiler.Profile; cpu: NodeJS.CpuUsage }>
+  /** With -9: it says no goodbye. */
+  kill(): void
   stop(): Promise<void>
 }
 
@@ -37,20 +52,23 @@ const environment = {
 
 const signals = ['SIGINT', 'SIGTERM'] as const
 
-/** @param env settings beyond those, by their variables */
-export async function startServed(env: Record<string, string> = {}): Promise<Served> {
-  const database = await startDatabase()
+/**
+ * @param env settings beyond those, by their variables
+ * @param beside an instance whose database this one shares; to be stopped after this one
+ */
+export async function startServed(env: Record<string, string> = {}, beside?: Served): Promise<Served> {
+  const database = beside ? { url: beside.databaseUrl, stop: async () => {} } : await startDatabase()
   const secret = () => randomBytes(32).toString('hex')
+  const secrets = beside?.secrets ?? { ENROLLMENT_TOKEN_SECRET: secret(), CA_KEY_PASSPHRASE: secret() }
   const child = fork(join(import.meta.dirname, 'server-process.ts'), {
     env: {
       PATH: process.env.PATH,
       ...environment,
-      ENROLLMENT_TOKEN_SECRET: secret(),
-      CA_KEY_PASSPHRASE: secret(),
+      ...secrets,
       DATABASE_URL: database.url,
       ...env,
     },
-    execArgv: [],
+    execArgv: ['--expose-gc'],
     serialization: 'advanced',
     // Its log goes where logs in production go, so that writing it is paid for.
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
@@ -106,11 +124,17 @@ export async function startServed(env: Record<string, string> = {}): Promise<Ser
       address: `127.0.0.1:${port}`,
       databaseUrl: database.url,
       rootsPem,
+      secrets,
       async operatorCertificate(csr) {
         const { certificatePem = '' } = await ask({ ask: 'operator', csr })
         return certificatePem
       },
       cpuSince,
+      async rssBytes() {
+        const { rssBytes = 0 } = await ask({ ask: 'memory' })
+        return rssBytes
+      },
+      kill: () => void child.kill('SIGKILL'),
       async profile(work) {
         await ask({ ask: 'profile' })
         const before = await cpuSince()

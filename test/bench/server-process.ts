@@ -25,6 +25,9 @@ async function answer(question: Question): Promise<Answer> {
     }
     case 'cpu':
       return { cpu: process.cpuUsage() }
+    case 'memory':
+      globalThis.gc?.()
+      return { rssBytes: process.memoryUsage.rss() }
     case 'profile':
       inspector.connect()
       await inspector.post('Profiler.enable')
