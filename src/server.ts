@@ -605,11 +605,10 @@ async function openReplicas(
   clock: Clock,
   log: Log,
 ): Promise<Replicas> {
-  const replicas = database.replicaUrls.map(async url => {
-    const standby = new URL(url)
-    standby.searchParams.set('target_session_attrs', 'any')
-    return { url, db: await openDatabase({ url: standby.href, poolMax: replicaPoolMax, entities }) }
-  })
+  const replicas = database.replicaUrls.map(async url => ({
+    url,
+    db: await openDatabase({ url, poolMax: replicaPoolMax, entities, takesStandby: true }),
+  }))
   return startReplicas({ primary, replicas: await Promise.all(replicas), instanceId, clock, log, onRead })
 }
 

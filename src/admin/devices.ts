@@ -7,7 +7,7 @@ import type { Reports } from '../db/replicas.ts'
 import { durationOf } from '../duration.ts'
 import { Fault } from '../fault.ts'
 import { Device, DevicePosture, type DeviceStatusName, type DeviceTypeName } from '../fleet/entities.ts'
-import { type PresenceName, presenceOf } from '../fleet/presence.ts'
+import { isPresent, type PresenceName, presenceOf } from '../fleet/presence.ts'
 import type {
   ApproveDeviceRequest,
   ApproveDeviceResponse,
@@ -138,7 +138,7 @@ export function deviceHandlers({
         if (after) query.andWhere({ id: { $gt: after[0] } })
         if (statusName) query.andWhere({ status: statusName })
         const presenceName = presenceNameOf(presence)
-        if (presenceName) query.andWhere(`${presenceOf('id', maxAgeMs)} = ?`, [presenceName])
+        if (presenceName) query.andWhere(isPresent(presenceName, 'd0.id', maxAgeMs))
         if (Object.keys(labels).length > 0) query.andWhere('labels @> ?::jsonb', [JSON.stringify(labels)])
         const { rows, nextPageToken } = cutPage(await query.getResultList(), pageSize, device => [device.id])
         return { devices: await deviceMessages(em, rows, maxAgeMs), nextPageToken }

@@ -21,7 +21,7 @@ import {
   type OpenConnection,
   type Question,
 } from '../gen/edgemesh/v1/authorize.ts'
-import { answerOf, type Credentials, channelTo, endOf, millisecondsOf, type Server } from './channel.ts'
+import { answerOf, type Credentials, channelTo, clientTarget, endOf, millisecondsOf, type Server } from './channel.ts'
 
 export type { Answer, ConnectionRevoked, OpenConnection }
 
@@ -74,7 +74,7 @@ type Waiting<T> = { resolve: (value: T) => void; reject: (error: Error) => void 
 
 export function openAuthorizations({
   server,
-  credentials: { rootsPem, certificateChainPem, keyPem },
+  credentials: shown,
   onRevoked,
   onClosed,
   channel,
@@ -87,8 +87,8 @@ export function openAuthorizations({
   /** A connection to share, made by `openChannel`; left open. Default: one of its own. */
   channel?: Channel
 }): AuthorizationStream {
-  const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
-  const client = new AuthorizeServiceClient(address, credentials, { ...options, channelOverride: channel })
+  const { address, credentials, options } = clientTarget(server, shown, channel)
+  const client = new AuthorizeServiceClient(address, credentials, options)
   const call = client.authorize()
   const { closed, close } = endOf(call, () => {
     if (!channel) client.close()

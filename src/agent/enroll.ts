@@ -20,7 +20,7 @@ import {
 import { DeviceDescription, type TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
 import { parseToken } from '../identity/token-text.ts'
-import { answerOf, type ChannelTarget, type Credentials, channelTo, type Server } from './channel.ts'
+import { answerOf, type ChannelTarget, type Credentials, channelTo, clientTarget, type Server } from './channel.ts'
 import { createKey, signingRequestFor } from './csr.ts'
 import { pinnedTrustBundle } from './first-contact.ts'
 import { checkedIdentity, type IssuedIdentity, unusable } from './issued-identity.ts'
@@ -189,13 +189,12 @@ export async function fetchTrustBundle(
 
 async function withClient<T>(
   server: Server,
-  { rootsPem, certificateChainPem, keyPem }: Credentials,
+  credentials: Credentials,
   channel: Channel | undefined,
   use: (client: EnrollServiceClient) => Promise<T>,
 ): Promise<T> {
-  const target = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
-  const options = channel ? { ...target.options, channelOverride: channel } : target.options
-  const client = new EnrollServiceClient(target.address, target.credentials, options)
+  const target = clientTarget(server, credentials, channel)
+  const client = new EnrollServiceClient(target.address, target.credentials, target.options)
   try {
     return await use(client)
   } finally {

@@ -13,7 +13,7 @@ import { type Clock, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import { type Directive, type HeartbeatResponse, HeartbeatServiceClient } from '../gen/edgemesh/v1/heartbeat.ts'
 import { Posture } from '../gen/edgemesh/v1/types.ts'
-import { type Credentials, channelTo, endOf, type Server } from './channel.ts'
+import { type Credentials, clientTarget, endOf, type Server } from './channel.ts'
 
 /** What the server asks a device to do: `{ $case: 'reconnect', value: { delay } }` and the like. */
 export type DirectiveKind = NonNullable<Directive['kind']>
@@ -35,8 +35,8 @@ const reportsInFlightMax = 256
 
 export function openHeartbeats({
   server,
-  credentials: { rootsPem, certificateChainPem, keyPem, trustBundleId: bundleOfCredentials = '' },
-  trustBundleId = () => bundleOfCredentials,
+  credentials: shown,
+  trustBundleId = () => shown.trustBundleId ?? '',
   onDirective,
   onClosed,
   channel,
@@ -53,8 +53,8 @@ export function openHeartbeats({
   channel?: Channel
   clock?: Clock
 }): HeartbeatStream {
-  const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
-  const client = new HeartbeatServiceClient(address, credentials, { ...options, channelOverride: channel })
+  const { address, credentials, options } = clientTarget(server, shown, channel)
+  const client = new HeartbeatServiceClient(address, credentials, options)
   const call = client.heartbeat()
   const { closed, close } = endOf(call, () => {
     if (!channel) client.close()

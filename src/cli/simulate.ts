@@ -2,25 +2,23 @@
 import { randomBytes } from 'node:crypto'
 import { readFile, stat } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
-import { clearScreenDown, moveCursor } from 'node:readline'
-import { SingleBar } from 'cli-progress'
 import { Command, InvalidArgumentError } from 'commander'
 import { type PostureMix, parsePostureMix } from '../simulate/mix.ts'
 import { parseScript, type Step, scriptBytesMax } from '../simulate/script.ts'
-import { type Progress, type Summary, simulate } from '../simulate/simulate.ts'
+import { simulate } from '../simulate/simulate.ts'
 import { serverDefault } from './admin-client.ts'
 import { parseDuration } from './duration.ts'
 import { CommandFailure } from './failure.ts'
 import { hostAndPort, wholeNumber } from './option-values.ts'
+import { counted, inLines, onTerminal, printJson } from './simulate-display.ts'
 import { stopSignal } from './stop-signal.ts'
-import { renderFacts } from './table.ts'
 
 const devicesMax = 1_000_000
 const processesMax = 256
-/** Beyond that a process comes near the usual limit of open files. */
+/** Beyond that a process is busy with one core. */
 const devicesPerProcessMax = 5_000
-/** Between two lines where nobody looks at a terminal. */
-const lineEveryMs = 5_000
+/** What a process opens beside one for each device: those that are enrolling, and its own. */
+const filesBesideDevices = 200
 
 type SimulateOptions = {
   server?: string
@@ -91,13 +89,13 @@ async function run(options: SimulateOptions): Promise<void> {
     throw new CommandFailure('there is no enrollment token', `make one with: edgemesh token create --uses ${devices}`)
   }
   const script = options.script === undefined ? [] : await readScript(options.script)
-  const show = json ? printJson : process.stdout.isTTY ? onTerminal() : inLines()
+  const show = json ? printJson : process.stdout.isTTY ? onTerminal(process.stdout) : inLines()
   const summary = await simulate({
     server: options.server || process.env.EDGEMESH_SERVER || serverDefault,
     token: token.trim(),
     idPrefix: options.idPrefix || `sim-${randomBytes(3).toString('hex')}`,
     devices,
-    processes: options.processes ?? Math.max(availableParallelism(), Math.ceil(devices / devicesPerProcessMax)),
+    processes: processesFor(devices, options.processes),
     mix: options.postureMix,
     ...(user !== undefined && service !== undefined && { asking: { user, service, everyMs: options.askEvery } }),
     script,
@@ -116,97 +114,28 @@ async function run(options: SimulateOptions): Promise<void> {
   }
 }
 
-type Shown = Progress | Summary
-
-function printJson(shown: Shown): void {
-  console.log(JSON.stringify({ type: isSummary(shown) ? 'summary' : 'progress', ...shown }))
-}
-
-function inLines(): (shown: Shown) => void {
-  let dueMs = 0
-  return shown => {
-    if (isSummary(shown)) return console.log(summaryOf(shown))
-    if (shown.elapsedMs < dueMs) return
-    dueMs = shown.elapsedMs + lineEveryMs
-    const { phase, enrolled, devices, heartbeatsPerSecond, acknowledgedMs, decisionsPerSecond, errors } = shown
-    const facts = [
-      `${(shown.elapsedMs / 1_000).toFixed(0)} s`,
-      phase,
-      `${enrolled}/${devices} enrolled`,
-      `${shown.states.reporting} reporting`,
-      `${heartbeatsPerSecond} heartbeats/s (p50 ${milliseconds(acknowledgedMs.p50)}, p99 ${milliseconds(acknowledgedMs.p99)})`,
-      `${decisionsPerSecond} decisions/s`,
-    ]
-    console.log([...facts, counted(errors)].filter(Boolean).join('  '))
+/** @throws CommandFailure when so many processes may not open a file for each device */
+function processesFor(devices: number, given: number | undefined, filesMax = openFilesMax()): number {
+  const most = filesMax - filesBesideDevices
+  if (given === undefined) {
+    const atOnce = Math.max(1, Math.min(devicesPerProcessMax, most))
+    return Math.min(processesMax, Math.max(availableParallelism(), Math.ceil(devices / atOnce)))
   }
+  const each = Math.ceil(devices / given)
+  if (each <= most) return given
+  throw new CommandFailure(
+    `${each} devices in each of ${given} processes need ${each + filesBesideDevices} open files, and a process may have ${filesMax}`,
+    'give more --processes, or raise ulimit -n',
+  )
 }
 
-/** A bar while devices are enrolled, then a table in place. */
-function onTerminal(): (shown: Shown) => void {
-  let bar: SingleBar | undefined
-  let linesDrawn = 0
-  return shown => {
-    if (shown.phase === 'enrolling') {
-      if (!bar) {
-        bar = new SingleBar({
-          format: 'enrolling {bar} {value}/{total}  {errors}',
-          stream: process.stdout,
-          hideCursor: true,
-        })
-        bar.start(shown.devices, 0, { errors: '' })
-      }
-      bar.update(shown.enrolled, { errors: counted(shown.errors) })
-      return
-    }
-    bar?.update(shown.enrolled)
-    bar?.stop()
-    bar = undefined
-    if (linesDrawn > 0) {
-      moveCursor(process.stdout, 0, -linesDrawn)
-      clearScreenDown(process.stdout)
-    }
-    const text = isSummary(shown) ? summaryOf(shown) : tableOf(shown)
-    linesDrawn = isSummary(shown) ? 0 : text.split('\n').length
-    process.stdout.write(`${text}\n`)
-  }
-}
-
-function isSummary(shown: Shown): shown is Summary {
-  return 'failedDevices' in shown
-}
-
-function tableOf(shown: Progress): string {
-  return renderFacts({
-    elapsed: `${(shown.elapsedMs / 1_000).toFixed(0)} s`,
-    devices: counted(isSummary(shown) ? shown.statesAtEnd : shown.states),
-    enrolled: `${shown.enrolled} of ${shown.devices}`,
-    heartbeats: `${shown.heartbeats}, ${shown.heartbeatsPerSecond}/s`,
-    acknowledged: `p50 ${milliseconds(shown.acknowledgedMs.p50)}, p99 ${milliseconds(shown.acknowledgedMs.p99)}`,
-    decisions: `${shown.allowed} allowed, ${shown.denied} denied, ${shown.decisionsPerSecond}/s`,
-    revocations: shown.revocations,
-    reconnects: shown.reconnects,
-    script: counted(shown.scripted),
-    errors: counted(shown.errors),
-    memory: `${(shown.bytesPerDevice / 1_024).toFixed(0)} KiB a device`,
-  })
-}
-
-function summaryOf(summary: Summary): string {
-  return `${tableOf(summary)}\n${renderFacts({
-    'enrolled in': `${(summary.enrolledInMs / 1_000).toFixed(1)} s`,
-    failed: summary.failedDevices,
-  })}`
-}
-
-function counted(counts: Readonly<Record<string, number>>): string {
-  return Object.entries(counts)
-    .filter(([, count]) => count > 0)
-    .map(([name, count]) => `${count} ${name}`)
-    .join(', ')
-}
-
-function milliseconds(ms: number | undefined): string {
-  return ms === undefined ? '-' : `${ms} ms`
+/** What `ulimit -n` says. Node has raised it as far as it may. */
+function openFilesMax(): number {
+  // Looking up names takes its time.
+  Object.assign(process.report, { excludeNetwork: true })
+  const { userLimits } = process.report.getReport() as { userLimits?: { open_files?: { soft: unknown } } }
+  const max = Number(userLimits?.open_files?.soft)
+  return Number.isNaN(max) ? Number.POSITIVE_INFINITY : max
 }
 
 async function readScript(path: string): Promise<Step[]> {

@@ -18,6 +18,7 @@ import { AuditPrivileges } from './migrations/0005-audit-privileges.ts'
 import { RateLimitCredit } from './migrations/0006-rate-limit-credit.ts'
 import { Presence } from './migrations/0007-presence.ts'
 import { LifecycleRules } from './migrations/0008-lifecycle-rules.ts'
+import { DeviceLabels } from './migrations/0009-device-labels.ts'
 import { type DatabaseServers, databaseServers } from './servers.ts'
 
 export type { EntityManager }
@@ -68,6 +69,7 @@ const migrationsList = [
   { name: '0006-rate-limit-credit', class: RateLimitCredit },
   { name: '0007-presence', class: Presence },
   { name: '0008-lifecycle-rules', class: LifecycleRules },
+  { name: '0009-device-labels', class: DeviceLabels },
 ]
 
 const connectTimeoutMs = 3_000
@@ -76,6 +78,8 @@ const connectTimeoutMs = 3_000
  * lets them pass, and tries again: for two minutes, which long reports have an end within.
  */
 const lockWaitMs = 1_000
+/** How often an instance asks whether it is its turn to migrate. */
+const lockPollMs = 200
 const lockPauseMs = 2_000
 const lockTriesMax = 40
 /** A statement that takes longer is a fault; nobody waits for it any more. */
@@ -92,13 +96,15 @@ const connectionLifetimeSeconds = 3_600
  * @param options.url postgresql:// URL, of several servers perhaps: see `servers.ts`
  * @param options.poolMax most connections at once
  * @param options.entities the entity schemas of all domains
+ * @param options.takesStandby it is only read from, so a standby does
  */
 export async function openDatabase(options: {
   url: string
   poolMax: number
   entities: EntitySchema[]
+  takesStandby?: boolean
 }): Promise<Database> {
-  const servers = databaseServers(options.url)
+  const servers = databaseServers(options.url, options)
   const orm = await initialise(options, servers, {
     statement_timeout: statementTimeoutMs,
     query_timeout: statementTimeoutMs + 1_000,
@@ -118,7 +124,7 @@ export async function openDatabase(options: {
     const client = new servers.Client({ connectionTimeoutMillis: connectTimeoutMs })
     await client.connect()
     try {
-      await client.query('select pg_advisory_lock($1)', [migrationLock])
+      while (!(await takesLock(client))) await sleep(lockPollMs)
       const migrating = await initialise({ ...options, poolMax: 2 }, servers, {
         lock_timeout: lockWaitMs,
         application_name: 'edgemesh migrate',
@@ -164,6 +170,12 @@ export async function openDatabase(options: {
       if (!pool.ending) await pool.end()
     },
   }
+}
+
+/** Asked for again and again: who waited for it in a statement would be waited for by an index that is made concurrently. */
+async function takesLock(client: pg.Client): Promise<boolean> {
+  const { rows } = await client.query<{ taken: boolean }>('select pg_try_advisory_lock($1) as taken', [migrationLock])
+  return rows[0]?.taken === true
 }
 
 /** The schema is older than this version, and the role that we are may not change it. */

@@ -43,9 +43,10 @@ const whichTimeline = `select ('x' || left(pg_walfile_name(pg_current_wal_lsn())
  *
  * @param url of one server, or of several in `?host=one,two&port=5432,5433`, as `readSettings` gives it.
  *   `target_session_attrs=any` takes a standby as well, for what only reads.
+ * @param options.takesStandby as if that were in the URL
  */
-export function databaseServers(url: string): DatabaseServers {
-  const { addresses, takesStandby } = readUrl(url)
+export function databaseServers(url: string, options: { takesStandby?: boolean } = {}): DatabaseServers {
+  const { addresses, takesStandby = options.takesStandby ?? false } = readUrl(url)
   const [only] = addresses.length === 1 ? addresses : []
   const failures = new Map<DatabaseFailure, number>()
   let chosen = only
@@ -231,7 +232,7 @@ async function timelineOf({ url }: Address): Promise<number | undefined> {
   }
 }
 
-function readUrl(url: string): { addresses: Address[]; takesStandby: boolean } {
+function readUrl(url: string): { addresses: Address[]; takesStandby?: true } {
   const { hostname, port, searchParams } = new URL(url)
   const hosts = (searchParams.get('host') ?? hostname).split(',')
   const ports = (searchParams.get('port') ?? port).split(',')
@@ -240,7 +241,7 @@ function readUrl(url: string): { addresses: Address[]; takesStandby: boolean } {
     const ownPort = Number(ports[at] ?? ports[0]) || defaultPort
     return { name: `${given}:${ownPort}`, host, port: ownPort, url: urlOf(url, host, ownPort) }
   })
-  return { addresses, takesStandby: searchParams.get('target_session_attrs') === 'any' }
+  return { addresses, ...(searchParams.get('target_session_attrs') === 'any' && { takesStandby: true }) }
 }
 
 const defaultPort = 5_432

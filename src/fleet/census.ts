@@ -16,6 +16,11 @@ export type Census = {
 }
 
 const intervalMs = 5_000
+/**
+ * Counting reads every device: a hundredth of a second for ten thousand, a second or two for a million. All instances together
+ * must not keep the database busy with it, so who takes long counts seldom.
+ */
+const restPerCount = 50
 
 export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; log: Log }): Promise<Census> {
   const { pool, maxAgeMs, log } = options
@@ -69,16 +74,25 @@ export async function startCensus(options: { pool: pg.Pool; maxAgeMs: number; lo
     }
   }
 
-  await count()
-  const timer = setInterval(() => {
-    count().catch(error => log.debug({ err: error }, 'devices can not be counted now'))
-  }, intervalMs)
-  timer.unref()
+  let timer: NodeJS.Timeout | undefined
+  let isStopped = false
+  async function countAgainAndAgain(): Promise<void> {
+    const startedAt = performance.now()
+    await count().catch(error => log.debug({ err: error }, 'devices can not be counted now'))
+    if (isStopped) return
+    const tookMs = performance.now() - startedAt
+    timer = setTimeout(countAgainAndAgain, Math.max(intervalMs, restPerCount * tookMs)).unref()
+  }
+
+  await countAgainAndAgain()
   return {
     devicesByStatus: () => byStatus,
     devicesByPresence: () => byPresence,
     unhealthyDevices: () => unhealthy,
     clocks: () => clocks,
-    stop: () => clearInterval(timer),
+    stop() {
+      isStopped = true
+      clearTimeout(timer)
+    },
   }
 }

@@ -104,11 +104,7 @@ export async function keepPresence(options: {
   }, flushMs)
   const sweeping = setInterval(() => {
     pool
-      .query(
-        `delete from device_presence p where not exists (
-           select from instances i where i.id = p.instance_id and i.seen_at > now() - make_interval(secs => $1))`,
-        [sweptAfterSeconds],
-      )
+      .query(sweepPresence, [sweptAfterSeconds])
       .catch(error => log.debug({ err: error }, 'presence can not be swept now'))
   }, sweepMs)
   sweeping.unref()
@@ -139,6 +135,17 @@ export async function keepPresence(options: {
   }
 }
 
+/** Who holds devices is found by leaps through the index: of a million rows hardly any is to be removed. */
+export const sweepPresence = `
+  with recursive holder as (
+    (select instance_id as id from device_presence order by instance_id limit 1)
+    union all
+    select (select p.instance_id from device_presence p where p.instance_id > holder.id order by p.instance_id limit 1)
+    from holder where holder.id is not null
+  )
+  delete from device_presence p using holder where p.instance_id = holder.id and not exists (
+    select from instances i where i.id = holder.id and i.seen_at > now() - make_interval(secs => $1))`
+
 function isAlive(instanceId: string): string {
   return `exists (select from instances i where i.id = ${instanceId}
     and i.seen_at > now() - make_interval(secs => ${aliveSeconds}))`
@@ -146,6 +153,26 @@ function isAlive(instanceId: string): string {
 
 /** SQL for the rows of those that hold a stream at an instance that is alive. */
 export const presentDevices = `select here.* from device_presence here where ${isAlive('here.instance_id')}`
+
+/**
+ * SQL for whether a device is present so. Unlike a comparison with `presenceOf` it lets PostgreSQL join those who hold a stream,
+ * instead of asking for each device there is; health, though, is looked up for those that a page needs, never read whole.
+ *
+ * @param deviceId an expression of SQL
+ */
+export function isPresent(presence: PresenceName, deviceId: string, maxAgeMs: number): string {
+  const present = `exists (select from (${presentDevices}) here where here.device_id = ${deviceId})`
+  const fresh = `coalesce((select r.measured_at > now() - make_interval(secs => ${maxAgeMs / 1_000})
+    from device_postures r where r.device_id = ${deviceId}), false)`
+  switch (presence) {
+    case 'online':
+      return `${present} and ${fresh}`
+    case 'stale':
+      return `${present} and not ${fresh}`
+    case 'offline':
+      return `not ${present}`
+  }
+}
 
 /**
  * SQL for the presence of a device, a `PresenceName`. Of many at once `presentDevices` costs less.

@@ -171,7 +171,9 @@ function planFor(simulation: Simulation, index: number, processes: number): Plan
 
 function startWorker() {
   // The token goes to a worker as a message, and to no process by its environment.
-  const { EDGEMESH_TOKEN: _, ...env } = process.env
+  const { EDGEMESH_TOKEN: _, ...inherited } = process.env
+  // Threads that come and go with enrollments each leave an arena of memory behind, half a process of them.
+  const env = { MALLOC_ARENA_MAX: '1', ...inherited }
   const options = {
     env,
     serialization: 'advanced',

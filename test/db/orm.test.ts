@@ -31,6 +31,7 @@ const allMigrations = [
   '0006-rate-limit-credit',
   '0007-presence',
   '0008-lifecycle-rules',
+  '0009-device-labels',
 ]
 
 test('several instances that start at once migrate an empty database exactly once', async t => {

@@ -123,3 +123,19 @@ test('Ctrl-C ends the streams in order, with a summary', async t => {
   t.is(summary.states.stopped, 5)
   t.deepEqual(summary.errors, {})
 })
+
+test('more devices than a process may have files open are refused with what would help, and nobody is enrolled', async t => {
+  const args = ['simulate', '--server', 'localhost:1', '--devices', '1000000', '--processes', '1', '--duration', '1s']
+  const shell = `ulimit -n 1000 && exec "$0" "$@"`
+  const child = spawn('sh', ['-c', shell, process.execPath, main, ...args], {
+    env: { PATH: process.env.PATH, EDGEMESH_TOKEN: 'token' },
+  })
+  let stderr = ''
+  child.stderr.setEncoding('utf8').on('data', text => {
+    stderr += text
+  })
+  const [exitCode] = await once(child, 'close')
+  t.is(exitCode, 1)
+  t.regex(stderr, /1000000 devices in each of 1 processes need 1000200 open files, and a process may have 1000$/m)
+  t.regex(stderr, /^hint: give more --processes, or raise ulimit -n$/m)
+})

@@ -18,9 +18,18 @@ export const balancer = '127.0.0.9'
 
 export type Backend = { apiPort: number; metricsPort: number }
 
+/** What a test has changed in the file beyond addresses: one text for another, each once. */
+export type Edit = [from: string, to: string]
+
 export type Balancer = {
   /** Prepares the file, and says what it is started with. */
-  prepare(t: ExecutionContext, backends: Backend[]): Promise<{ port: number; args: string[]; env: NodeJS.ProcessEnv }>
+  prepare(
+    t: ExecutionContext,
+    backends: Backend[],
+    edits?: Edit[],
+  ): Promise<{ port: number; args: string[]; env: NodeJS.ProcessEnv }>
+  /** How long a connection may be idle, as the file has it, and what has it be only so long. */
+  idle: { shipped: string[]; only(seconds: number): Edit[] }
   program: string | undefined
   /** What has it check its file and end. */
   checkOnly: string
@@ -39,7 +48,7 @@ async function folderOf(t: ExecutionContext): Promise<string> {
 }
 
 /** The file with what stands in it replaced, each once. @throws when it is not there */
-function edited(text: string, ...edits: [string, string][]): string {
+function edited(text: string, ...edits: Edit[]): string {
   return edits.reduce((before, [from, to]) => {
     if (before.split(from).length !== 2) throw new Error(`${from} is to be in the file, once`)
     return before.replace(from, to)
@@ -50,14 +59,21 @@ export const balancers: Record<'haproxy' | 'nginx', Balancer> = {
   haproxy: {
     program: find('haproxy'),
     checkOnly: '-c',
-    async prepare(t, backends) {
+    idle: {
+      shipped: ['timeout client 2h', 'timeout server 2h'],
+      only: seconds => [
+        ['timeout client 2h', `timeout client ${seconds}s`],
+        ['timeout server 2h', `timeout server ${seconds}s`],
+      ],
+    },
+    async prepare(t, backends, edits = []) {
       const folder = await folderOf(t)
       const [port, nowhere] = [await freePort(), await freePort()]
       const shipped = await readFile(join(deploy, 'haproxy', 'haproxy.cfg'), 'utf8')
       const file = join(folder, 'haproxy.cfg')
-      const edits: [string, string][] = [['default-server ', `default-server source ${balancer} `]]
+      const source: Edit = ['default-server ', `default-server source ${balancer} `]
       // Not every machine that runs tests allows as many open files as the file asks for.
-      await writeFile(file, edited(shipped, ...edits, ['maxconn 50000', 'maxconn 500']))
+      await writeFile(file, edited(shipped, source, ['maxconn 50000', 'maxconn 500'], ...edits))
       const env: NodeJS.ProcessEnv = {
         PATH: process.env.PATH,
         HAPROXY_SOCKET: join(folder, 'admin'),
@@ -73,15 +89,15 @@ export const balancers: Record<'haproxy' | 'nginx', Balancer> = {
   nginx: {
     program: existsSync(streamModule) ? find('nginx') : undefined,
     checkOnly: '-t',
-    async prepare(t, backends) {
+    idle: { shipped: ['proxy_timeout 2h;'], only: seconds => [['proxy_timeout 2h;', `proxy_timeout ${seconds}s;`]] },
+    async prepare(t, backends, edits = []) {
       const folder = await folderOf(t)
       const [port, nowhere] = [await freePort(), await freePort()]
       const shipped = await readFile(join(deploy, 'nginx', 'nginx.conf'), 'utf8')
       const file = join(folder, 'nginx.conf')
-      const servers = [1, 2, 3].map((host, at): [string, string] => [
-        `192.0.2.${host}:8000`,
-        `127.0.0.1:${backends[at]?.apiPort ?? nowhere}`,
-      ])
+      const servers = [1, 2, 3].map(
+        (host, at): Edit => [`192.0.2.${host}:8000`, `127.0.0.1:${backends[at]?.apiPort ?? nowhere}`],
+      )
       await writeFile(
         file,
         edited(
@@ -91,6 +107,7 @@ export const balancers: Record<'haproxy' | 'nginx', Balancer> = {
           ['pid /run/nginx.pid;', `pid ${join(folder, 'pid')}; daemon off; master_process off;`],
           ['worker_rlimit_nofile 131072;', ''],
           ['worker_connections 60000;', 'worker_connections 1000;'],
+          ...edits,
         ),
       )
       return {
@@ -122,8 +139,13 @@ export async function checkFile(t: ExecutionContext, { program, checkOnly, prepa
 }
 
 /** Runs until the test ends. @returns the port to connect to */
-export async function startBalancer(t: ExecutionContext, balancer: Balancer, backends: Backend[]): Promise<number> {
-  const { port, args, env } = await balancer.prepare(t, backends)
+export async function startBalancer(
+  t: ExecutionContext,
+  balancer: Balancer,
+  backends: Backend[],
+  edits: Edit[] = [],
+): Promise<number> {
+  const { port, args, env } = await balancer.prepare(t, backends, edits)
   const process = spawn(balancer.program as string, args, { env, stdio: 'ignore' })
   t.teardown(() => end(process))
   for (let attempt = 0; attempt < 200; attempt++) {

@@ -12,6 +12,8 @@ import { type Credentials, testEnvironment } from './edgemesh.ts'
 
 export type ServedEdgeMesh = {
   address: string
+  apiPort: number
+  metricsPort: number
   /** The telemetry port. */
   http: string
   pid: number
@@ -55,9 +57,11 @@ export async function serve(
   t.teardown(() => {
     if (t.passed === false) t.log(said.join('\n'))
   })
-  const { port, metricsPort } = await portsOf(child, said, log)
+  const { apiPort, metricsPort } = await portsOf(child, said, log)
   return {
-    address: `127.0.0.1:${port}`,
+    address: `127.0.0.1:${apiPort}`,
+    apiPort,
+    metricsPort,
     http: `http://127.0.0.1:${metricsPort}`,
     pid: child.pid as number,
     log,
@@ -75,14 +79,14 @@ export async function serve(
 async function portsOf({ stdout, stderr }: ChildProcess, said: string[], log: Record<string, unknown>[]) {
   if (!stdout || !stderr) throw new Error('the process has no output')
   stderr.setEncoding('utf8').on('data', text => said.push(text))
-  return new Promise<{ port: unknown; metricsPort: unknown }>((resolve, reject) => {
+  return new Promise<{ apiPort: number; metricsPort: number }>((resolve, reject) => {
     const lines = createInterface({ input: stdout })
     lines.on('line', line => {
       said.push(line)
       const entry = readLine(line)
       log.push(entry)
       const { port, metricsPort, msg } = entry
-      if (msg === 'edgemesh is serving') resolve({ port, metricsPort })
+      if (msg === 'edgemesh is serving') resolve({ apiPort: Number(port), metricsPort: Number(metricsPort) })
     })
     lines.on('close', () => reject(new Error(`edgemesh serve ended:\n${said.join('\n')}`)))
   })

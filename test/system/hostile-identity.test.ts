@@ -123,6 +123,7 @@ test('the version before finds the authority of today, or the way back is refuse
   await unary(own.admin, 'rotateAuthority', { stage: Stage.RETIRING, force: true })
   await own.server.stop()
   const newer = [
+    '0009-device-labels',
     '0008-lifecycle-rules',
     '0007-presence',
     '0006-rate-limit-credit',

@@ -141,7 +141,7 @@ test.serial('a replica that is killed costs no list, and is read from when it is
 
 /** Without a service: what is asked of it is the test's own. */
 async function reportsOf(t: ExecutionContext, primary: TestServer, ...replicas: string[]): Promise<Replicas> {
-  const open = (url: string) => openDatabase({ url, poolMax: 4, entities })
+  const open = (url: string) => openDatabase({ url, poolMax: 4, entities, takesStandby: true })
   const db = await open(primary.url)
   await db.migrate()
   const instanceId = `tester-${process.hrtime.bigint()}`
