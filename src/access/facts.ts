@@ -8,7 +8,7 @@
 import type pg from 'pg'
 import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
-import { type Fact, keepFacts } from '../db/kept-facts.ts'
+import { type Fact, keepFacts, loadedTogether } from '../db/kept-facts.ts'
 import type { PostureRequirements, PostureValues } from '../fleet/posture.ts'
 import type { BusinessHours } from './entities.ts'
 import type { AuthzInput } from './policy-engine.ts'
@@ -74,15 +74,15 @@ export function createFacts(options: {
     clock,
     kind: 'device',
     max: devicesMax,
-    async load(id) {
-      const { rows } = await pool.query(
+    load: loadedTogether(async ids => {
+      const { rows } = await pool.query<Omit<DeviceFacts, 'posture'> & { posture: PostureValues | null }>(
         `select d.id, d.type, d.status, d.status_reason as "statusReason", d.labels, p.posture,
            coalesce((extract(epoch from p.measured_at) * 1000)::float8, 0) as "measuredAtMs"
-         from devices d left join device_postures p on p.device_id = d.id where d.id = $1`,
-        [id],
+         from devices d left join device_postures p on p.device_id = d.id where d.id = any($1)`,
+        [ids],
       )
-      return rows[0] ? { ...rows[0], posture: rows[0].posture ?? undefined } : undefined
-    },
+      return new Map(rows.map(row => [row.id, { ...row, posture: row.posture ?? undefined }]))
+    }),
   })
   const users = keepFacts<UserFacts | undefined>({
     feed,

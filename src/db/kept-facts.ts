@@ -5,6 +5,7 @@
  * Each loaded fact has a version of its own, so `version` names what a decision rested on: as long as `isCurrent` holds,
  * nothing that this instance could know of has changed.
  */
+import DataLoader from 'dataloader'
 import { LRUCache } from 'lru-cache'
 import { type Clock, systemClock } from '../clock.ts'
 import type { ChangeFeed } from './change-feed.ts'
@@ -18,6 +19,30 @@ export type KeptFacts<V> = {
   /** Whether `fact` is still what is known of `id`. */
   isCurrent(id: string, fact: Fact<V>): boolean
   forget(id: string): void
+}
+
+/** Facts that one query loads. */
+const loadedTogetherMax = 500
+
+/**
+ * For facts of which many may be missed at once: when an instance dies, its devices come to the others by the thousand. What is
+ * asked for within a turn of the event loop is loaded by one query.
+ *
+ * @param load the facts of these ids, in any order, by id; none of those that there are not
+ * @returns `load` for `keepFacts`
+ */
+export function loadedTogether<V>(
+  load: (ids: string[]) => Promise<Map<string, V>>,
+): (id: string) => Promise<V | undefined> {
+  const loader = new DataLoader<string, V | undefined>(
+    async ids => {
+      const found = await load([...new Set(ids)])
+      return ids.map(id => found.get(id))
+    },
+    // What is kept is for `keepFacts` to say.
+    { cache: false, maxBatchSize: loadedTogetherMax, batchScheduleFn: setImmediate },
+  )
+  return id => loader.load(id)
 }
 
 let versions = 0

@@ -6,7 +6,7 @@
 import type pg from 'pg'
 import type { Identified } from '../caller.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
-import { keepFacts } from '../db/kept-facts.ts'
+import { keepFacts, loadedTogether } from '../db/kept-facts.ts'
 import type { EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { RevocationReason } from './crl.ts'
@@ -64,27 +64,33 @@ export function createStanding(options: {
   const { pool, feed, isTrusted } = options
   const kinds = ['device', 'operator', 'service'] as const
   const holders = Object.fromEntries(
-    kinds.map(kind => [kind, keepFacts<Holder>({ feed, kind, max: holdersMax, load: id => load(kind, id) })]),
+    kinds.map(kind => [kind, keepFacts({ feed, kind, max: holdersMax, load: holdersOf(kind) })]),
   )
 
-  async function load(kind: Identified['kind'], id: string): Promise<Holder> {
+  function holdersOf(kind: Identified['kind']): (id: string) => Promise<Holder> {
+    const load = loadedTogether(ids => loadHolders(kind, ids))
+    return async id => (await load(id)) ?? { device: undefined, certificates: new Map() }
+  }
+
+  async function loadHolders(kind: Identified['kind'], ids: string[]): Promise<Map<string, Holder>> {
     const { rows } = await pool.query<
-      KeptCertificate & { serial: string; status: string | null; status_reason: string }
+      KeptCertificate & { subject_id: string; serial: string; status: string | null; status_reason: string }
     >(
-      `select c.serial, case when c.revoked_at is not null then coalesce(c.revocation_reason, 'unspecified') end as revoked,
+      `select c.subject_id, c.serial, case when c.revoked_at is not null then coalesce(c.revocation_reason, 'unspecified') end as revoked,
          c.fingerprint_sha256 as "fingerprintSha256", c.issuer_key_id as "issuerKeyId",
          (extract(epoch from c.not_after) * 1000)::float8 as "notAfterMs", d.status, d.status_reason
        from certificates c left join devices d on c.subject_kind = 'device' and d.id = c.subject_id
-       where c.subject_kind = $1 and c.subject_id = $2 and c.not_after > now() - make_interval(secs => $3)`,
-      [kind, id, clockMarginSeconds],
+       where c.subject_kind = $1 and c.subject_id = any($2) and c.not_after > now() - make_interval(secs => $3)`,
+      [kind, ids, clockMarginSeconds],
     )
-    const [first] = rows
-    return {
-      device: first?.status ? { status: first.status, statusReason: first.status_reason } : undefined,
-      certificates: new Map(
-        rows.map(({ serial, status: _, status_reason: __, ...certificate }) => [serial, certificate]),
-      ),
+    const holders = new Map<string, Holder>()
+    for (const { subject_id: id, serial, status, status_reason: statusReason, ...certificate } of rows) {
+      const device = status ? { status, statusReason } : undefined
+      const holder = holders.get(id) ?? { device, certificates: new Map() }
+      holder.certificates.set(serial, certificate)
+      holders.set(id, holder)
     }
+    return holders
   }
 
   function demandIssuer({ issuerKeyId }: Pick<Identified, 'issuerKeyId'>): void {

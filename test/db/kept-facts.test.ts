@@ -1,6 +1,6 @@
 import test from 'ava'
 import fc from 'fast-check'
-import { keepFacts } from '../../src/db/kept-facts.ts'
+import { keepFacts, loadedTogether } from '../../src/db/kept-facts.ts'
 
 /** A feed that the test speaks for, and a table whose reads it can hold up. */
 function scene(concerns?: (changed: string, value: string) => boolean) {
@@ -116,4 +116,30 @@ test('whatever happens in whatever order, an ask never gets what was announced a
     }),
   )
   t.pass()
+})
+
+test('what many miss at once is asked for once, and everyone gets its own; a failure is of all, and the next is asked for anew', async t => {
+  const queries: string[][] = []
+  const stored = new Map([
+    ['a', 'A'],
+    ['b', 'B'],
+  ])
+  let isAway = false
+  const load = loadedTogether(async ids => {
+    queries.push(ids)
+    if (isAway) throw new Error('away')
+    return new Map([...stored].filter(([id]) => ids.includes(id)))
+  })
+  t.deepEqual(await Promise.all(['a', 'b', 'c', 'a'].map(load)), ['A', 'B', undefined, 'A'])
+  t.deepEqual(queries, [['a', 'b', 'c']])
+  isAway = true
+  const failed = await Promise.allSettled(['a', 'b'].map(load))
+  t.deepEqual(
+    failed.map(({ status }) => status),
+    ['rejected', 'rejected'],
+  )
+  isAway = false
+  stored.set('a', 'A2')
+  t.is(await load('a'), 'A2')
+  t.is(queries.length, 3)
 })
