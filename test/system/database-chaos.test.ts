@@ -26,14 +26,17 @@ const faults: Record<string, (database: Database, ms: number) => Promise<unknown
     postgres.query(`select pg_cancel_backend(pid) from pg_stat_activity where application_name ^@ 'edgemesh'`),
   processDies: ({ postgres }) => postgres.crash(),
   async readOnly({ postgres }, ms) {
-    await postgres.query('alter system set default_transaction_read_only = on')
-    await postgres.query('select pg_reload_conf()')
-    await sleep(ms)
-    // Whatever else has happened to the server meanwhile.
-    await eventually('it can be told', () =>
-      postgres.query('alter system reset default_transaction_read_only').catch(() => undefined),
-    )
-    await eventually('it can be told', () => postgres.query('select pg_reload_conf()').catch(() => undefined))
+    try {
+      await postgres.query('alter system set default_transaction_read_only = on')
+      await postgres.query('select pg_reload_conf()')
+      await sleep(ms)
+    } finally {
+      // Whatever else has happened to the server meanwhile, and before it has heard of it.
+      await eventually('it can be told', () =>
+        postgres.query('alter system reset default_transaction_read_only').catch(() => undefined),
+      )
+      await eventually('it can be told', () => postgres.query('select pg_reload_conf()').catch(() => undefined))
+    }
   },
   async locks({ postgres }, ms) {
     const client = new pg.Client({ connectionString: postgres.url })
@@ -124,5 +127,5 @@ test('whatever goes wrong with the database in whatever order, nothing acknowled
   })
   // One story a run: each takes half a minute. What fails says how to be told again.
   const seed = Number(process.env.EDGEMESH_CHAOS_SEED) || undefined
-  await fc.assert(seen, { numRuns: 1, endOnFailure: true, ...(seed && { seed }) })
+  await fc.assert(seen, { numRuns: 1, endOnFailure: true, includeErrorInReport: true, ...(seed && { seed }) })
 })
