@@ -16,6 +16,7 @@ import { isIP } from 'node:net'
 import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import { z } from 'zod'
+import { DatabaseUrlError, readDatabaseUrl } from './db/database-url.ts'
 import { isNetwork } from './network.ts'
 
 /** Durations are milliseconds, except where the name says otherwise. */
@@ -221,21 +222,20 @@ const secret = z
   .refine(value => !PLACEHOLDER.test(value), { error: 'is still the placeholder of the documentation', abort: true })
   .refine(value => value.length >= 32, { error: 'must be at least 32 characters long' })
 
-/**
- * `ssl=` is asyncpg's word and `sslmode=` libpq's; they share these meanings. `prefer` and `allow` are left out: both
- * fall back to plain text when someone on the path asks for it.
- */
-const SSL_MODES: Readonly<Record<string, string>> = {
-  disable: 'disable',
-  false: 'disable',
-  require: 'require',
-  'verify-ca': 'verify-ca',
-  'verify-full': 'verify-full',
-  true: 'verify-full',
+const isPlaceholder = (password: string) => PLACEHOLDER.test(password)
+
+/** One that can't be read is refused in the words of its mistake. */
+function databaseUrlFrom(given: string, context: z.RefinementCtx): string {
+  try {
+    return readDatabaseUrl(given, isPlaceholder)
+  } catch (error) {
+    if (error instanceof DatabaseUrlError) return refuse(context, error.message)
+    throw error
+  }
 }
 
 const databaseUrl = text.transform((given, context) => {
-  const url = readDatabaseUrl(given, context)
+  const url = databaseUrlFrom(given, context)
   const wanted = URL.canParse(url) ? new URL(url).searchParams.get('target_session_attrs') : null
   if (wanted === null || /^(read-write|primary|any)$/.test(wanted)) return url
   return refuse(
@@ -244,75 +244,11 @@ const databaseUrl = text.transform((given, context) => {
   )
 })
 
-function readDatabaseUrl(given: string, context: z.RefinementCtx): string {
-  // The user and the password are cut out before the URL is parsed: passwords made by `openssl rand -base64` have
-  // slashes, which SQLAlchemy accepts unescaped in this place and the URL standard doesn't.
-  const match = /^(?:postgres|postgresql|postgresql\+asyncpg):\/\/(?:([^:@/]*)(?::([^@]*))?@)?(.*)$/.exec(given)
-  if (!match) return refuse(context, 'must begin with postgresql://, postgres:// or postgresql+asyncpg://')
-  const [, user = '', password = '', rest = ''] = match
-  if (PLACEHOLDER.test(password)) return refuse(context, 'has still the placeholder of the documentation as password')
-
-  const userInfo = user === '' ? '' : `${escapeOnce(user)}${password === '' ? '' : `:${escapeOnce(password)}`}@`
-  const several = severalServers(rest)
-  if (several === 'wrong') return refuse(context, 'names several servers, not as host:5432,host:5432/edgemesh')
-  const normalised = `postgresql://${userInfo}${several?.rest ?? rest}`
-  if (!URL.canParse(normalised)) return refuse(context, 'must be a URL: postgresql://user:password@host:5432/edgemesh')
-  const url = new URL(normalised)
-  if (url.hostname === '' && !url.searchParams.has('host')) return refuse(context, 'names no host')
-  if (url.pathname.length < 2) return refuse(context, 'names no database: end it with /edgemesh')
-
-  if (several) {
-    url.searchParams.set('host', several.hosts.join())
-    url.searchParams.set('port', several.ports.join())
-  }
-  const [hosts, ports] = ['host', 'port'].map(name => url.searchParams.get(name)?.split(',').length ?? 1) as [
-    number,
-    number,
-  ]
-  if (ports !== 1 && ports !== hosts) return refuse(context, `names ${hosts} servers and ${ports} ports`)
-
-  const word = url.searchParams.get('ssl') ?? url.searchParams.get('sslmode')
-  if (word === null) return url.href
-  const mode = SSL_MODES[word.toLowerCase()]
-  if (!mode) return refuse(context, 'ssl must be disable, require, verify-ca or verify-full')
-  if (mode === 'verify-ca' && !url.searchParams.has('sslrootcert')) {
-    return refuse(context, 'ssl=verify-ca needs sslrootcert, the path of the authority that signed the server')
-  }
-  url.searchParams.delete('ssl')
-  url.searchParams.set('sslmode', mode)
-  // Without this, `pg` takes every mode for verify-full and says so on stderr.
-  url.searchParams.set('uselibpqcompat', 'true')
-  return url.href
-}
-
-/**
- * What libpq takes in the place of a host, and no URL has: `one:5432,two:5432/edgemesh`. `db/servers.ts` finds them all in
- * the parameters `host` and `port`, which libpq takes too.
- */
-function severalServers(rest: string): { rest: string; hosts: string[]; ports: string[] } | 'wrong' | undefined {
-  const [, list = '', path = ''] = /^([^/?]*)(.*)$/s.exec(rest) ?? []
-  if (!list.includes(',')) return undefined
-  const servers = list.split(',').map(server => /^(\[[\da-f:.]+\]|[^\s:[\]%]+)(?::(\d{1,5}))?$/i.exec(server))
-  if (!servers.every(server => server !== null)) return 'wrong'
-  const hosts = servers.map(([, host = '']) => host)
-  const ports = servers.map(([, , port = '5432']) => port)
-  return { rest: `${hosts[0]}:${ports[0]}${path}`, hosts, ports }
-}
-
-/** Percent-encodes what was given plainly, and leaves what was percent-encoded already as it is. */
-function escapeOnce(userInfo: string): string {
-  try {
-    return encodeURIComponent(decodeURIComponent(userInfo))
-  } catch {
-    return encodeURIComponent(userInfo) // a bare % that begins no escape
-  }
-}
-
 const databaseUrls = text.transform((list, context) =>
   list
     .split(',')
     .filter(url => url.trim() !== '')
-    .map(url => readDatabaseUrl(url.trim(), context)),
+    .map(url => databaseUrlFrom(url.trim(), context)),
 )
 
 const DNS_NAME = /^(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$/i

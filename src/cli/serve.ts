@@ -71,7 +71,7 @@ async function serveAlone(settings: Settings, cause?: string): Promise<void> {
   const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../telemetry/log.ts'),
-    import('../telemetry/metrics.ts'),
+    import('../telemetry/tracing.ts'),
   ])
   const tracing = await startTracing(process.env)
   const stopping = stopSignal()

@@ -46,7 +46,8 @@ const whichTimeline = `select ('x' || left(pg_walfile_name(pg_current_wal_lsn())
  * @param options.takesStandby as if that were in the URL
  */
 export function databaseServers(url: string, options: { takesStandby?: boolean } = {}): DatabaseServers {
-  const { addresses, takesStandby = options.takesStandby ?? false } = readUrl(url)
+  const { addresses, takesAny } = readUrl(url)
+  const takesStandby = takesAny || options.takesStandby === true
   const [only] = addresses.length === 1 ? addresses : []
   const failures = new Map<DatabaseFailure, number>()
   let chosen = only
@@ -232,7 +233,7 @@ async function timelineOf({ url }: Address): Promise<number | undefined> {
   }
 }
 
-function readUrl(url: string): { addresses: Address[]; takesStandby?: true } {
+function readUrl(url: string): { addresses: Address[]; takesAny: boolean } {
   const { hostname, port, searchParams } = new URL(url)
   const hosts = (searchParams.get('host') ?? hostname).split(',')
   const ports = (searchParams.get('port') ?? port).split(',')
@@ -241,7 +242,7 @@ function readUrl(url: string): { addresses: Address[]; takesStandby?: true } {
     const ownPort = Number(ports[at] ?? ports[0]) || defaultPort
     return { name: `${given}:${ownPort}`, host, port: ownPort, url: urlOf(url, host, ownPort) }
   })
-  return { addresses, ...(searchParams.get('target_session_attrs') === 'any' && { takesStandby: true }) }
+  return { addresses, takesAny: searchParams.get('target_session_attrs') === 'any' }
 }
 
 const defaultPort = 5_432

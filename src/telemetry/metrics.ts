@@ -8,10 +8,10 @@
  *
  * Each `Metrics` has a meter provider of its own, so several servers in one process (tests) stay apart. `NodeSDK` of
  * OpenTelemetry can't do that: it registers itself as the one provider of the process. It is used where there is one of
- * it in a process: for traces, in `startTracing`.
+ * it in a process: for traces, in `tracing.ts`.
  *
  * Counters on hot paths are plain maps that OpenTelemetry reads when Prometheus asks: an authorization stream puts
- * hundreds of thousands of decisions a second through here, and OpenTelemetry's own counters hash their labels each time.
+ * tens of thousands of decisions a second through here, and OpenTelemetry's own counters hash their labels each time.
  */
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
@@ -273,7 +273,7 @@ export function startParentMetrics(workers: () => ReadonlyMap<string, number>): 
 
 const refusedConnectionsTotal = [
   'edgemesh_refused_connections_total',
-  'Connections ended when their handshake was over, or for want of a worker, by why',
+  'Connections ended before or with their handshake, or for want of a worker, by why',
   ['why'],
 ] as const
 
@@ -287,27 +287,6 @@ function createMeter() {
     meter: provider.getMeter('edgemesh'),
     scrape: async () => serializer.serialize((await exporter.collect()).resourceMetrics),
   }
-}
-
-/**
- * Exports traces over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set, as its other OTEL_ variables say; undefined when it
- * isn't. For the entry of the process, once: the SDK makes itself the tracer of the whole process. Nothing is
- * instrumented behind one's back; spans are those that the code makes through `@opentelemetry/api`.
- */
-export async function startTracing(
-  env: Readonly<Record<string, string | undefined>>,
-): Promise<{ stop(): Promise<void> } | undefined> {
-  if (!env.OTEL_EXPORTER_OTLP_ENDPOINT) return undefined
-  // Half a second of loading that whoever exports no traces need not wait for.
-  const { NodeSDK } = await import('@opentelemetry/sdk-node')
-  const tracing = new NodeSDK({
-    serviceName: env.OTEL_SERVICE_NAME ?? 'edgemesh',
-    instrumentations: [],
-    metricReaders: [],
-    logRecordProcessors: [],
-  })
-  tracing.start()
-  return { stop: () => tracing.shutdown() }
 }
 
 type Tally = (count: number, ...labelValues: string[]) => void

@@ -64,7 +64,7 @@ async function start({ settings, worker, employment }: Extract<Order, { start: u
   const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../telemetry/log.ts'),
-    import('../telemetry/metrics.ts'),
+    import('../telemetry/tracing.ts'),
   ])
   const log = createLog({ level: settings.log.level }).child({ worker })
   process.on('uncaughtException', error => {

@@ -1,6 +1,7 @@
 import type { ServerResponse } from 'node:http'
 import test from 'ava'
-import { type Metrics, startMetrics, startTracing } from '../../src/telemetry/metrics.ts'
+import { type Metrics, startMetrics } from '../../src/telemetry/metrics.ts'
+import { startTracing } from '../../src/telemetry/tracing.ts'
 
 /** What a scrape would read. */
 function scrape(metrics: Metrics): Promise<string> {
