@@ -9,7 +9,6 @@
 import { callEntry, type Journal, type JournalEntry } from '../audit/journal.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
-import { databaseUnavailable, isDatabaseOutage } from '../db/failure.ts'
 import { durationOf } from '../duration.ts'
 import { Fault, invalidField } from '../fault.ts'
 import type {
@@ -21,11 +20,13 @@ import type {
   Question,
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
+import { answerOf, denial, passing, undecided } from './answers.ts'
 import { connectionIdOf } from './connection-records.ts'
-import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
-import { type Decided, decisionEntry, newDecisionId } from './decision-records.ts'
+import type { AccessQuestion, Decider } from './decide.ts'
+import { decideAndLease, endingBy } from './decide-and-lease.ts'
+import { decisionEntry, newDecisionId } from './decision-records.ts'
 import type { Facts } from './facts.ts'
-import type { Granted, Lease, Leases, Revocation } from './leases.ts'
+import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import type { RevocationWatch } from './revocations.ts'
 import { assertionExpired, UserAssertionRefused, type UserAssertions } from './user-assertion.ts'
@@ -80,11 +81,6 @@ const actionCharactersMax = 32
 const nameCharactersMax = 254
 /** Leases one stream may hold. */
 const leasesPerStreamMax = 4_096
-/** When to ask again after an outage that does not say. */
-const retryMs = 1_000
-/** Changes that may fall between deciding and leasing before the caller is asked to try again. */
-const attemptsMax = 5
-
 export function createCheck(deps: AuthorizeDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
     const startedAt = performance.now()
@@ -259,6 +255,12 @@ export function createAuthorize(deps: ContinuousDeps) {
       )
     }
 
+    /** Of a message nothing can be decided now, all for the same reason. */
+    function noneDecided(denials: Answer[]): Answer[] {
+      deps.onUndecided(denials.length, denials[0]?.reasons[0]?.code ?? '')
+      return denials
+    }
+
     /** Holds again what was held on a stream that was lost. */
     async function resume(ids: string[], userAssertion: string): Promise<Answer[]> {
       bounded('resume.connection_ids', ids.length)
@@ -318,11 +320,9 @@ export function createAuthorize(deps: ContinuousDeps) {
         if (kind?.$case === 'questions') {
           const { questions, userAssertion = '' } = kind.value
           bounded('questions.questions', questions.length)
-          const answers = await ask(questions, userAssertion).catch(error => {
-            const denials = questions.map(({ id }) => undecided(id, error))
-            deps.onUndecided(denials.length, denials[0]?.reasons[0]?.code ?? '')
-            return denials
-          })
+          const answers = await ask(questions, userAssertion).catch(error =>
+            noneDecided(questions.map(({ id }) => undecided(id, error))),
+          )
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
           send({
@@ -335,11 +335,9 @@ export function createAuthorize(deps: ContinuousDeps) {
           send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
         } else if (kind?.$case === 'resume') {
           const { connectionIds: ids, userAssertion = '' } = kind.value
-          const answers = await resume(ids, userAssertion).catch(error => {
-            const denials = ids.map(id => ({ ...undecided('', error), connectionId: id }))
-            deps.onUndecided(denials.length, denials[0]?.reasons[0]?.code ?? '')
-            return denials
-          })
+          const answers = await resume(ids, userAssertion).catch(error =>
+            noneDecided(ids.map(id => ({ ...undecided('', error), connectionId: id }))),
+          )
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'acknowledge') {
           bounded('acknowledge.connection_ids', kind.value.connectionIds.length)
@@ -393,57 +391,6 @@ async function allLater<T>(work: (T | Promise<T>)[], undo: (done: T) => void): P
   }
 }
 
-type DecidedAndLeased = Decided & { lease: Lease | undefined }
-
-/**
- * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
- * evaluated, it is decided again.
- */
-export function decideAndLease(
-  deps: LeasingDeps,
-  question: AccessQuestion,
-  known: Known,
-  attempt = 1,
-): DecidedAndLeased | Promise<DecidedAndLeased> {
-  const decision = deps.decider.decide(question)
-  // What is decided at once is decided by what is so now.
-  if (!(decision instanceof Promise)) return leased(deps, question, known, decision)
-  return decision.then(decided => {
-    const isCurrent = !decided.verdict.allow || deps.facts.isCurrent(question, decided.ground)
-    if (isCurrent) return leased(deps, question, known, decided)
-    if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
-    throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
-      retryAfterMs: 100,
-    })
-  })
-}
-
-type LeasingDeps = Pick<AuthorizeDeps, 'decider' | 'facts' | 'leases'>
-/** What a lease is made of, beside the answer. */
-type Known = Omit<Granted, 'question' | 'userId' | 'role' | 'serviceId' | 'expiresAtMs'>
-
-function leased(deps: LeasingDeps, question: AccessQuestion, known: Known, decision: Decision): DecidedAndLeased {
-  const verdict = endingBy(decision.verdict, known.assertedUntilMs)
-  if (!verdict.allow) return { question, verdict, lease: undefined }
-  const { user, service } = decision.ground
-  // One by one: spreading the object is the dearest part of it.
-  const wanted: Granted = {
-    id: known.id,
-    grantedAtMs: known.grantedAtMs,
-    questionId: known.questionId,
-    question,
-    userId: user.value?.id ?? '',
-    role: user.value?.role ?? '',
-    serviceId: service.value?.id ?? '',
-    expiresAtMs: verdict.expiresAtMs,
-    assertedUntilMs: known.assertedUntilMs,
-    decisionId: known.decisionId,
-    push: known.push,
-    moved: known.moved,
-  }
-  return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
-}
-
 /**
  * Puts the user whom the assertion names into the questions. @returns until when that holds, ms since epoch
  *
@@ -472,11 +419,6 @@ async function renewAssertion(
     lease.assertedUntilMs = Math.max(lease.assertedUntilMs, expiresAtMs)
   }
   if (lease.assertedUntilMs <= clock()) throw new UserAssertionRefused(assertionExpired(lease.assertedUntilMs))
-}
-
-/** What policy says does not depend on the assertion, so the verdict that others share stays as it is. */
-function endingBy(verdict: Verdict, untilMs: number): Verdict {
-  return verdict.expiresAtMs <= untilMs ? verdict : { ...verdict, expiresAtMs: untilMs }
 }
 
 /** The event of a message that was denied before policy was asked. */
@@ -527,48 +469,6 @@ function bounded(field: string, length: number): void {
   if (length > questionsMax) throw invalidField(field, `has to have at most ${questionsMax} entries`)
 }
 
-export function answerOf(questionId: string, verdict: Verdict, decisionId: string, connectionId: string): Answer {
-  return {
-    questionId,
-    allowed: verdict.allow,
-    reasons: verdict.reasons,
-    policyRevision: verdict.policyRevision,
-    expiresAt: new Date(verdict.expiresAtMs),
-    decisionId,
-    connectionId,
-    retryAfter: undefined,
-  }
-}
-
-/**
- * The denial of a question that can't be decided now: an outage must not cost a device the connections that it holds.
- *
- * @throws what is not an outage but the caller's mistake, or a bug
- */
-export function undecided(questionId: string, error: unknown): Answer {
-  const fault = isDatabaseOutage(error) ? databaseUnavailable(error) : error
-  if (!(fault instanceof Fault) || !passing.has(fault.code)) throw error
-  const { reason: code, message } = fault
-  return {
-    ...denial(questionId, { code, field: 'server', actual: 'unavailable', required: 'available', message }),
-    retryAfter: durationOf(fault.retryAfterMs ?? retryMs),
-  }
-}
-
-/** A denial that policy has no part in. */
-export function denial(questionId: string, reason: PolicyReason): Answer {
-  return {
-    questionId,
-    allowed: false,
-    reasons: [reason],
-    policyRevision: '',
-    expiresAt: undefined,
-    decisionId: '',
-    connectionId: '',
-    retryAfter: undefined,
-  }
-}
-
 function tooManyConnections(): Fault {
   const message = `a stream holds at most ${leasesPerStreamMax} connections; close some first`
   return new Fault('RESOURCE_EXHAUSTED', 'TOO_MANY_CONNECTIONS', message)
@@ -585,9 +485,6 @@ const notHeld: PolicyReason = {
 function thrownOut({ reason: code, message }: Fault): PolicyReason {
   return { code, field: 'device.certificate', actual: 'refused', required: 'in force', message: `${message}.` }
 }
-
-/** Codes of faults that pass by themselves. */
-const passing = new Set(['UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'ABORTED'])
 
 const openConnection = (lease: Lease) => ({
   connectionId: lease.id,

@@ -12,8 +12,14 @@ import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
 import { untilCommitted } from '../db/failure.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
+import { joinInput } from './decision-records.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
+
+/** A connection that lasts longer than this gets a row. */
+export const recordedAfterMs = 2_000
+/** By how much the clocks of instances and database may differ, and how long a lost one may go unnoticed. */
+const unnoticedMs = 60_000
 
 const connectionsTable: JournalTable = {
   name: 'connections',
@@ -112,17 +118,18 @@ export async function recordFromDecisions(
 ): Promise<number> {
   const within = (recordedAfterMs + graceMs + unnoticedMs) / 1_000
   const [decisions, places] = [ids.map(decisionOf), ids.map(placeOf)]
-  const { rowCount } = await pool.query(fromDecisions, [ids, decisions, places, deviceId, within, authorize.path])
+  const { rowCount } = await pool.query(fromDecisions, [
+    ids,
+    decisions,
+    places,
+    deviceId,
+    within,
+    AuthorizeServiceService.authorize.path,
+  ])
   return rowCount ?? 0
 }
 
-const { authorize } = AuthorizeServiceService
-/** A connection that lasts longer than this gets a row. */
-export const recordedAfterMs = 2_000
-/** By how much the clocks of instances and database may differ, and how long a lost one may go unnoticed. */
-const unnoticedMs = 60_000
-
-// Where its user and service were asked for by name, policy's input has their ids. It may be on record with an earlier decision.
+// Where its user and service were asked for by name, policy's input has their ids.
 const fromDecisions = `
   insert into connections (id, device_id, user_id, service_id, action, instance_id, status, granted_at, decision_id)
   select wanted.id, decision.device_id, coalesce(known.input #>> '{user,id}', asked.question ->> 'user'),
@@ -132,13 +139,7 @@ const fromDecisions = `
   join decisions decision on decision.id = wanted.decision and decision.at > now() - make_interval(secs => $5)
     and decision.method = $6 and ($4::text is null or decision.device_id = $4)
   cross join lateral (select decision.questions -> wanted.place as question) asked
-  left join lateral (
-    select earlier.questions -> split_part(asked.question ->> 'inputOf', '.', 2)::int -> 'input' as input
-    from decisions earlier
-    where earlier.id = split_part(asked.question ->> 'inputOf', '.', 1)::uuid
-      and earlier.at = (asked.question ->> 'inputAt')::timestamptz
-  ) earlier on true
-  cross join lateral (select coalesce(asked.question -> 'input', earlier.input) as input) known
+  ${joinInput('asked.question')}
   where (asked.question ->> 'allow')::boolean and not exists (
     select from audit_events event
     where event.target = 'device/' || decision.device_id and event.at > now() - make_interval(secs => $5)

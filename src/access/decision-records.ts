@@ -29,6 +29,23 @@ const decisionsTable: JournalTable = {
   ],
 }
 
+/**
+ * Lateral join of SQL that finds the input of an answered question as `known.input`: with itself, or with the earlier decision
+ * that has it. Its exact time spares a look into the partitions of all other days. Retention may have taken it away, if it lies
+ * within the oldest day's first hour.
+ *
+ * @param question an expression: an element of `decisions.questions`
+ */
+export function joinInput(question: string): string {
+  return `left join lateral (
+    select earlier.questions -> split_part(${question} ->> 'inputOf', '.', 2)::int -> 'input' as input
+    from decisions earlier
+    where earlier.id = split_part(${question} ->> 'inputOf', '.', 1)::uuid
+      and earlier.at = (${question} ->> 'inputAt')::timestamptz
+  ) first on true
+  cross join lateral (select coalesce(${question} -> 'input', first.input) as input) known`
+}
+
 /** For a row of decisions. Its last byte is left to the connections that they allow: see `connection-records.ts`. */
 export function newDecisionId(): string {
   return `${randomUUIDv7().slice(0, -2)}00`

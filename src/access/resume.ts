@@ -8,17 +8,11 @@
 import type { Journal } from '../audit/journal.ts'
 import { callerName } from '../caller.ts'
 import type { Answer } from '../gen/edgemesh/v1/authorize.ts'
-import {
-  type AuthorizeDeps,
-  answerOf,
-  decideAndLease,
-  denial,
-  type Resume,
-  type ResumingStream,
-  undecided,
-} from './authorize.ts'
+import { answerOf, denial, undecided } from './answers.ts'
+import type { AuthorizeDeps, Resume, ResumingStream } from './authorize.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
+import { decideAndLease } from './decide-and-lease.ts'
 import { decisionEntry, newDecisionId } from './decision-records.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'

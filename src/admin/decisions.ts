@@ -5,6 +5,7 @@
  * question's position: `0199c0de-….0` is the first.
  */
 import { z } from 'zod'
+import { joinInput } from '../access/decision-records.ts'
 import type { DecidedQuestion } from '../access/entities.ts'
 import type { AuthzInput, PolicyEngine } from '../access/policy-engine.ts'
 import type { Call } from '../caller.ts'
@@ -54,21 +55,13 @@ type DecisionRow = {
   input: AuthzInput | null
 }
 
-/**
- * Ordinality counts from 1. An input that another decision has is taken from there: its exact time spares a look into
- * the partitions of all other days. Retention may have taken it away, if it lies within the oldest day's first hour.
- */
+/** Ordinality counts from 1. */
 const selectDecisions = `
   select decision.id, (asked.ordinality - 1)::text as position, decision.at, decision.device_id, decision.caller,
-    decision.instance_id, decision.policy_revision, asked.question, coalesce(asked.question -> 'input', first.input) as input
+    decision.instance_id, decision.policy_revision, asked.question, known.input
   from decisions decision
   cross join lateral jsonb_array_elements(decision.questions) with ordinality as asked (question, ordinality)
-  left join lateral (
-    select earlier.questions -> split_part(asked.question ->> 'inputOf', '.', 2)::int -> 'input' as input
-    from decisions earlier
-    where earlier.id = split_part(asked.question ->> 'inputOf', '.', 1)::uuid
-      and earlier.at = (asked.question ->> 'inputAt')::timestamptz
-  ) first on true`
+  ${joinInput('asked.question')}`
 
 export function decisionHandlers({
   reports,
