@@ -15,7 +15,6 @@ import {
   type Credentials,
   type EdgeMesh,
   eventually,
-  healthy,
   refused,
   shared,
   startEdgeMesh,
@@ -23,6 +22,7 @@ import {
   type TestDevice,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { proxyIdentity } from '../support/proxy-identity.ts'
 
 const furnished = shared(test, async file => {

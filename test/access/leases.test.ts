@@ -383,6 +383,26 @@ test.serial(
   },
 )
 
+test.serial('a connection that is not allowed after all, after its record has taken long, is closed on record', t => {
+  mock.timers.enable({ apis: ['setInterval', 'Date'], now: Date.parse('2026-03-02T10:00:00Z') })
+  t.teardown(() => mock.timers.reset())
+  const { leases, written } = alone(t)
+  const stream = { held: undefined, isOpen: true, told: 0 }
+  const [quick, slow] = [0, 1].map(() =>
+    leases.grant({ id: randomUUID(), questionId: 'q', question, ...leaseOf(stream) }),
+  )
+  leases.drop(quick!)
+  mock.timers.tick(2_200)
+  leases.drop(slow!)
+  t.deepEqual(
+    written.map(({ row }) => [row[0], row[6]]),
+    [
+      [slow!.id, 'active'],
+      [slow!.id, 'closed'],
+    ],
+  )
+})
+
 function alone(t: ExecutionContext) {
   const written: JournalEntry[] = []
   const leases = createLeases({

@@ -5,7 +5,8 @@ import { LifecycleAction, SetLifecycleRuleRequest } from '../../src/gen/edgemesh
 import { entities } from '../../src/server.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { heartbeats } from '../support/device.ts'
-import { eventually, healthy, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { eventually, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { invalid, operator, refused } from './operator.ts'
 
 const { QUARANTINE, DELETE } = LifecycleAction

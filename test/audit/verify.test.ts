@@ -18,8 +18,6 @@ import {
   clientsOf,
   type EdgeMesh,
   eventually,
-  healthy,
-  noTokenRequest,
   refused,
   secrets,
   startEdgeMesh,
@@ -27,8 +25,10 @@ import {
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { testDatabase } from '../support/postgres.ts'
 import { serve } from '../support/serve.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 
 const key = sealKeyFrom(secrets.ENROLLMENT_TOKEN_SECRET)
 const log = createLog({ level: 'silent' })

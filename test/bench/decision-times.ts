@@ -11,7 +11,9 @@ import { startShippedPolicy } from '../../src/access/policy-wasm.ts'
 import { systemClock } from '../../src/clock.ts'
 import { AuthorizeServiceClient, type CheckResponse } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { createLog } from '../../src/telemetry/log.ts'
+import { healthy } from '../support/healthy.ts'
 import { findOpa, startOpa } from '../support/opa.ts'
+import { percentile } from '../support/percentile.ts'
 import { question, type Sides } from './decision-rates.ts'
 import { answered, channelOf, channelOptions } from './enrolled-device.ts'
 import type { GroupOptions, Row } from './row.ts'
@@ -114,16 +116,7 @@ function recorded(engine: PolicyEngine) {
 function deciderOver(engine: PolicyEngine) {
   let version = 0
   const fact = <V>(value: V) => ({ version: ++version, loadedAt: Date.now(), value })
-  const posture = {
-    cpuPercent: 10,
-    memoryPercent: 20,
-    diskPercent: 30,
-    patchesCurrent: true,
-    antivirusEnabled: true,
-    diskEncrypted: true,
-    firewallEnabled: true,
-    attributes: {},
-  }
+  const posture = { ...healthy, attributes: {} }
   const requirements = {
     patches_current: true,
     antivirus_enabled: true,
@@ -226,11 +219,6 @@ async function time(work: () => unknown): Promise<number> {
   const doing = work()
   if (doing instanceof Promise) await doing
   return performance.now() - startedAt
-}
-
-function percentile(times: readonly number[] = [], percent: number): number {
-  const sorted = times.toSorted((one, other) => one - other)
-  return sorted[Math.ceil((sorted.length * percent) / 100) - 1] ?? Number.NaN
 }
 
 const ms = (value: number) => `${value.toFixed(3)} ms`

@@ -19,7 +19,7 @@ import {
   HeartbeatServiceClient,
 } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
-import { healthy } from './healthy.ts'
+import { healthy } from '../support/healthy.ts'
 import type { Served } from './served.ts'
 
 /** PEM. */
@@ -52,7 +52,7 @@ export async function enrollDevice(served: Served, services: readonly string[]):
   await new Promise<void>((resolve, reject) => {
     stream.on('error', reject)
     stream.once('data', (_: HeartbeatResponse) => resolve())
-    stream.write(HeartbeatRequest.fromPartial({ sequence: 1, posture: healthy() }))
+    stream.write(HeartbeatRequest.fromPartial({ sequence: 1, posture: healthy }))
   })
   return {
     ...device,

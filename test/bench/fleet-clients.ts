@@ -7,9 +7,10 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { connect, createSecureContext, type SecureContext, type TLSSocket } from 'node:tls'
 import { backoffDelayMs } from '../../src/agent/waiting.ts'
 import { HeartbeatRequest, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
+import { Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import { healthy } from '../support/healthy.ts'
 import type { Identity } from './enrolled-device.ts'
 import type { FleetAnswer, FleetQuestion } from './fleet.ts'
-import { healthy } from './healthy.ts'
 
 /** As gRPC's clients have it. */
 const connectMsMax = 20_000
@@ -60,7 +61,7 @@ function frame(request: Uint8Array): Buffer {
   return Buffer.concat([head, request])
 }
 
-const posture = healthy()
+const posture = Posture.fromPartial(healthy)
 
 function report(device: Device): Promise<void> {
   device.acknowledged = Promise.withResolvers()

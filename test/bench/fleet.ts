@@ -9,7 +9,9 @@ import { openAuthorities } from '../../src/identity/authorities.ts'
 import { describeCertificate } from '../../src/identity/certificate-description.ts'
 import { newSerial } from '../../src/identity/certificates.ts'
 import { entities } from '../../src/server.ts'
+import type { BareEcho } from './bare-echo-server.ts'
 import type { Identity } from './enrolled-device.ts'
+import type { GroupOptions } from './row.ts'
 import type { Served } from './served.ts'
 
 export type FleetQuestion =
@@ -50,6 +52,27 @@ export type FleetClients = {
 
 /** Each may have half of what the server has. */
 export const fleetProcesses = 2
+
+/** A smaller fleet for a smaller machine; then the figures are of that. */
+export const devicesCount = Number(process.env.BENCH_DEVICES ?? 10_000)
+/** The table of a small fleet. */
+export const fewRows = 1_000
+
+export type FleetSides = { served: Served; bare: BareEcho; clients: FleetClients }
+
+export async function addDevices(
+  { served, clients }: FleetSides,
+  from: number,
+  to: number,
+  { progress }: GroupOptions,
+) {
+  progress(`${to - from} devices are put on record`)
+  const identities = await seedDevices(served, from, to)
+  for (let process = 0; process < fleetProcesses; process++) {
+    const part = identities.filter((_, number) => number % fleetProcesses === process)
+    await clients.ask(process, { ask: 'devices', group: 'ours', identities: part })
+  }
+}
 
 export function startFleetClients(): FleetClients {
   const children = Array.from({ length: fleetProcesses }, startChild)

@@ -1,3 +1,5 @@
+import { loadavg } from 'node:os'
+
 /**
  * How often something can be done in a second of processor time, which other work on the machine changes little: it is
  * what `process.cpuUsage` says of all threads, in user and in system mode.
@@ -67,3 +69,6 @@ export function showRate({ perCpuSecond, perCpuSecondMin, perCpuSecondMax }: Med
   const [median, least, most] = [perCpuSecond, perCpuSecondMin, perCpuSecondMax].map(Math.round)
   return `${median}/s (${least} to ${most})`
 }
+
+/** What else the machine does. */
+export const showLoad = () => `load ${loadavg()[0]?.toFixed(1)}`

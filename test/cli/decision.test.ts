@@ -1,5 +1,6 @@
 import test from 'ava'
-import { healthy, shared, unary } from '../support/edgemesh.ts'
+import { shared, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { laptopAndOrders, question } from './laptop-and-orders.ts'
 
 const scene = shared(test, laptopAndOrders)

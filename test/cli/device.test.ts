@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { heartbeats } from '../support/device.ts'
-import { type EdgeMesh, healthy, startEdgeMesh } from '../support/edgemesh.ts'
+import { type EdgeMesh, startEdgeMesh } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 /** The bin, as an operator at a terminal has it. */
 async function terminal(t: ExecutionContext, { server, operator }: EdgeMesh) {

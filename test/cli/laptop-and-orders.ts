@@ -6,7 +6,8 @@ import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import { saveCredentials } from '../../src/cli/operator-credentials.ts'
 import { heartbeats } from '../support/device.ts'
-import { healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 export type Outcome = { exitCode: number; stdout: string; stderr: string }
 

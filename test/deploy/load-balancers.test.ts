@@ -17,13 +17,13 @@ import {
   clientsOf,
   enrollOnce,
   eventually,
-  healthy,
   startEdgeMesh,
   startSecondInstance,
   type TestDevice,
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { balancer, balancers, checkFile, startBalancer } from '../support/load-balancers.ts'
 import { relay } from '../support/relay.ts'
 import { serve } from '../support/serve.ts'

@@ -4,7 +4,8 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { parse } from 'yaml'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { eventually, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import {
   alertmanager,
   amtool,

@@ -1,4 +1,5 @@
 /** What operators do all day, at whichever instance: each change is told to the oracle, and must hold from its answer on. */
+
 import { X509Certificate } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Credentials } from '../../src/agent/channel.ts'
@@ -10,6 +11,7 @@ import {
   UserStatus,
 } from '../../src/gen/edgemesh/v1/admin.ts'
 import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 import { type AdminCaller, createAdminCaller, judgeFailure } from './calls.ts'
 import type { Findings } from './findings.ts'
 import type { Instance } from './instance.ts'
@@ -199,7 +201,10 @@ export function createOperators(deps: OperatorsDeps): Operators {
   /** More devices than the token lets in, at all instances at once. */
   async function race(): Promise<void> {
     const startedAtMs = Date.now()
-    const created = await attempt<CreateEnrollmentTokenResponse>('createEnrollmentToken', tokenRequest(tokenUses))
+    const created = await attempt<CreateEnrollmentTokenResponse>('createEnrollmentToken', {
+      ...noTokenRequest,
+      usesMax: tokenUses,
+    })
     const answer = created?.answer
     if (!answer) return
     const token = ledger.token(answer.token?.id ?? '', tokenUses)
@@ -299,19 +304,5 @@ export function createOperators(deps: OperatorsDeps): Operators {
       }
     },
     close: admin.close,
-  }
-}
-
-export function tokenRequest(usesMax: number): Record<string, unknown> {
-  return {
-    usesMax,
-    lifetime: undefined,
-    labels: {},
-    deviceType: 0,
-    deviceId: '',
-    requiresApproval: false,
-    reusable: false,
-    deviceIdPattern: '',
-    sourceNetworks: [],
   }
 }

@@ -14,33 +14,25 @@ import { join } from 'node:path'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import { sealKeyFrom } from '../../src/audit/seals.ts'
 import { verifyAudit } from '../../src/audit/verify.ts'
 import { startEmbeddedPostgres } from '../../src/db/embedded.ts'
 import type { CreateEnrollmentTokenResponse } from '../../src/gen/edgemesh/v1/admin.ts'
-import { openOffline } from '../../src/server.ts'
-import { readSettings } from '../../src/settings.ts'
 import { parsePostureMix } from '../../src/simulate/mix.ts'
 import { type Progress as FleetProgress, simulate } from '../../src/simulate/simulate.ts'
 import { createLog } from '../../src/telemetry/log.ts'
+import { operatorOf } from '../support/operator.ts'
+import { percentile } from '../support/percentile.ts'
 import { putBundle, shippedAs } from '../support/policies.ts'
 import { administer, databaseUrl, givenServerUrl } from '../support/postgres-server.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 import { injectFaults } from './faults.ts'
+import { type Series, startSampling } from './figures.ts'
 import { createFindings } from './findings.ts'
-import { type Flatness, flatness, median } from './flat.ts'
 import { openGate } from './gate.ts'
 import { createInstance, type Instance } from './instance.ts'
 import { createLedger } from './ledger.ts'
-import {
-  createOperators,
-  grantSwitch,
-  role,
-  type Switch,
-  serviceSwitch,
-  tokenRequest,
-  userSwitch,
-} from './operators.ts'
+import { createOperators, grantSwitch, role, type Switch, serviceSwitch, userSwitch } from './operators.ts'
 import { createFact } from './oracle.ts'
 import { createRandom } from './random.ts'
 import { type Bounds, enrollWitness, type Permission, type Witness, type WitnessDeps } from './witness.ts'
@@ -59,8 +51,6 @@ export type SoakOptions = {
 }
 
 export type SoakProgress = { elapsedMs: number; doing: string; allowed: number; denied: number; broken: number }
-
-export type Series = { name: string; unit: string } & Flatness
 
 export type SoakSummary = {
   seed: number
@@ -85,7 +75,6 @@ const servicesCount = 3
 const fleetAsksEveryMs = 3_000
 const fleetUser = 'fleet'
 const fleetService = 'fleet-service'
-const sampleEveryMs = 2_000
 const lookEveryMs = 50
 /** Two seconds: what took longer has been waited for by then. */
 const ownLagsRemembered = 40
@@ -100,10 +89,6 @@ const secret = 'a-secret-of-the-soak-that-is-long-enough'
 /** Reasons that devices of a fleet may meet while servers are killed and their database is away. */
 const fleetMayMeet =
   /^(UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|DRAINING|\w+_UNAVAILABLE|\w+_BEHIND|STREAM_ENDED|SERVER_SILENT|ANSWER_MISSING|RATE_LIMITED|DEVICE_REVOKED)$/
-
-/** Tables whose rows are as many as there are things, not as much as happens. */
-const steadyTables = ['device_postures', 'device_presence', 'instances', 'rate_limits']
-const growingTables = ['audit_events', 'decisions', 'connections', 'health_reports', 'audit_seals']
 
 export async function soak(options: SoakOptions): Promise<SoakSummary> {
   const startedAtMs = Date.now()
@@ -134,7 +119,13 @@ export async function soak(options: SoakOptions): Promise<SoakSummary> {
     const putPolicy = async (revision: string) => putBundle(folder, await shippedAs(revision))
     await putPolicy('soak-0')
     const env = environment(folder)
-    const operator = await makeOperator({ ...env, DATABASE_URL: database.url })
+    const { certificatePem, ...rest } = await operatorOf({
+      ...env,
+      DATABASE_URL: database.url,
+      API_PORT: '0',
+      METRICS_PORT: '0',
+    })
+    const operator = { ...rest, certificateChainPem: certificatePem }
     const pool = new pg.Pool({ connectionString: database.url, max: 4 })
     pool.on('error', () => {})
     ends.push(() => pool.end())
@@ -217,11 +208,10 @@ export async function soak(options: SoakOptions): Promise<SoakSummary> {
       for (;;) {
         const instance = random.one(instances.filter(one => one.isRunning()))
         try {
-          const { tokenText } = await call<CreateEnrollmentTokenResponse>(
-            instance,
-            'createEnrollmentToken',
-            tokenRequest(1),
-          )
+          const { tokenText } = await call<CreateEnrollmentTokenResponse>(instance, 'createEnrollmentToken', {
+            ...noTokenRequest,
+            usesMax: 1,
+          })
           return await enrollWitness(id, tokenText, instance, witnessDeps)
         } catch (failure) {
           // Faults are over by then, too.
@@ -240,11 +230,10 @@ export async function soak(options: SoakOptions): Promise<SoakSummary> {
     }
     say('witnesses enroll')
     witnesses = await Promise.all(Array.from({ length: witnessesCount }, makeWitness))
-    const { tokenText } = await call<CreateEnrollmentTokenResponse>(
-      first,
-      'createEnrollmentToken',
-      tokenRequest(options.devices),
-    )
+    const { tokenText } = await call<CreateEnrollmentTokenResponse>(first, 'createEnrollmentToken', {
+      ...noTokenRequest,
+      usesMax: options.devices,
+    })
     const fleetStopping = new AbortController()
     let fleetProgress: FleetProgress | undefined
     const fleet = simulate({
@@ -350,7 +339,6 @@ export async function soak(options: SoakOptions): Promise<SoakSummary> {
       const detail = `${name} has grown by ${growth.toFixed(1)} ${unit}; ${allowed.toFixed(1)} are allowed`
       findings.broken('nothing grows', detail)
     }
-    const sorted = reach.toSorted((a, b) => a - b)
     const elapsedMs = Date.now() - startedAtMs
     return {
       seed: options.seed,
@@ -361,10 +349,10 @@ export async function soak(options: SoakOptions): Promise<SoakSummary> {
       acknowledged: ledger.counts,
       fleet: summary,
       reach: {
-        connections: sorted.length,
-        p50Ms: Math.round(median(sorted)),
-        p99Ms: Math.round(sorted[Math.ceil(sorted.length * 0.99) - 1] ?? Number.NaN),
-        maxMs: Math.round(sorted.at(-1) ?? Number.NaN),
+        connections: reach.length,
+        p50Ms: Math.round(percentile(reach, 50)),
+        p99Ms: Math.round(percentile(reach, 99)),
+        maxMs: Math.round(percentile(reach, 100)),
       },
       audit: {
         ok: verification.ok,
@@ -422,22 +410,6 @@ function environment(policyFolder: string): Record<string, string> {
     DATABASE_MAX_OVERFLOW: '5',
     POLICY_BUNDLE_DIR: policyFolder,
     LOG_LEVEL: 'WARN',
-  }
-}
-
-async function makeOperator(env: Record<string, string>) {
-  const offline = await openOffline(
-    readSettings({ ...env, API_PORT: '0', METRICS_PORT: '0' }),
-    createLog({ level: 'fatal' }),
-  )
-  try {
-    const keyPem = createKey()
-    const csr = signingRequestFor(keyPem)
-    const issued = await offline.issueOperator({ name: 'soak', role: 'admin', csr, validityMs: 30 * 86_400_000 })
-    const { issuing } = await offline.authorities()
-    return { keyPem, certificateChainPem: issued.certificatePem, rootsPem: issuing.rootPem }
-  } finally {
-    await offline.close()
   }
 }
 
@@ -510,82 +482,4 @@ async function bugsOnRecord(pool: pg.Pool) {
      group by method, code, reason`,
   )
   return rows
-}
-
-const mebibyte = 1024 * 1024
-
-/** Figures of the instance that lives through it all, and of the database. */
-function startSampling({ pool, instance, say }: { pool: pg.Pool; instance: Instance; say: () => void }) {
-  const kinds = {
-    rss: { unit: 'MiB', allowedShare: 0.2, allowedLeast: 40 },
-    heap: { unit: 'MiB', allowedShare: 0.15, allowedLeast: 10 },
-    // The pool of database connections is full after one fault and empty after another.
-    'open files': { unit: '', allowedShare: 0.15, allowedLeast: 30 },
-    handles: { unit: '', allowedShare: 0.15, allowedLeast: 30 },
-    'event loop late, p99': { unit: 'ms', allowedShare: 0.5, allowedLeast: 250 },
-    ...Object.fromEntries(steadyTables.map(table => [table, { unit: 'MiB', allowedShare: 0.3, allowedLeast: 4 }])),
-  } as Record<string, { unit: string; allowedShare: number; allowedLeast: number }>
-  const samples = new Map<string, { atMs: number; value: number }[]>(Object.keys(kinds).map(name => [name, []]))
-  const sizes: { atMs: number; bytes: Map<string, number> }[] = []
-  let sampling: Promise<void> | undefined
-
-  async function sample(): Promise<void> {
-    const atMs = Date.now()
-    const note = (name: string, value: number) => samples.get(name)?.push({ atMs, value })
-    const probed = await instance.probe()
-    if (probed) {
-      note('rss', probed.rssBytes / mebibyte)
-      note('heap', probed.heapBytes / mebibyte)
-      note('open files', probed.files)
-      note('handles', probed.handles)
-      note('event loop late, p99', probed.lagMs)
-    }
-    // While the database is away there is none.
-    const bytes = await tableBytes(pool).catch(() => undefined)
-    if (!bytes) return
-    for (const table of steadyTables) note(table, (bytes.get(table) ?? 0) / mebibyte)
-    const growing = new Map(growingTables.map(table => [table, bytes.get(table) ?? 0]))
-    if (sizes.length > 1) sizes.pop()
-    sizes.push({ atMs, bytes: growing })
-  }
-
-  const timer = setInterval(() => {
-    say()
-    sampling ??= sample().finally(() => {
-      sampling = undefined
-    })
-  }, sampleEveryMs)
-  return {
-    async stop() {
-      clearInterval(timer)
-      await sampling
-    },
-    series(): Series[] {
-      return Object.entries(kinds).flatMap(([name, { unit, ...allowed }]) => {
-        const flat = flatness(samples.get(name) ?? [], allowed)
-        return flat ? [{ name, unit, ...flat }] : []
-      })
-    },
-    growth(): Record<string, number> {
-      const [begin, end] = [sizes[0], sizes.at(-1)]
-      if (!begin || !end || begin === end) return {}
-      const seconds = (end.atMs - begin.atMs) / 1_000
-      return Object.fromEntries(
-        growingTables.map(table => [
-          table,
-          Math.round(((end.bytes.get(table) ?? 0) - (begin.bytes.get(table) ?? 0)) / seconds),
-        ]),
-      )
-    },
-  }
-}
-
-/** With indexes and partitions, by the name of the table that they are of. */
-async function tableBytes(pool: pg.Pool): Promise<Map<string, number>> {
-  const { rows } = await pool.query<{ name: string; bytes: string }>(
-    `select coalesce(parent.relname, c.relname) as name, sum(pg_total_relation_size(c.oid))::text as bytes
-     from pg_class c left join pg_inherits i on i.inhrelid = c.oid left join pg_class parent on parent.oid = i.inhparent
-     where c.relkind = 'r' and c.relnamespace = 'public'::regnamespace group by 1`,
-  )
-  return new Map(rows.map(({ name, bytes }) => [name, Number(bytes)]))
 }

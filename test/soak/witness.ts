@@ -67,6 +67,8 @@ type Lease = { id: string; permission: Permission; grantedAtMs: number; isLate: 
 const reportEveryMs = 1_000
 const askEveryMs = 250
 const againMs = 400
+/** How long an instance has to have been left in peace before what it does is measured; how long that may take is another thing. */
+const calmBeforeMs = 1_000
 const leasesPerPostMax = 6
 /** One question in so many comes over a connection of its own. */
 const checksOneIn = 10
@@ -210,7 +212,7 @@ function startWitness(id: string, credentials: DeviceCredentials, deps: WitnessD
       counts.ended += 1
       const since = fallenSince(groundOf(lease.permission), lease.grantedAtMs, now())
       if (since !== undefined) {
-        if (instance.wasCalm(since - bounds.reachMs, now())) deps.onReach(now() - since)
+        if (instance.wasCalm(since - calmBeforeMs, now())) deps.onReach(now() - since)
         return
       }
       const [fromMs, untilMs] = [now() - bounds.reachMs - deps.ownLagMs(), now()]

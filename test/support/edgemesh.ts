@@ -1,4 +1,5 @@
 /** A whole EdgeMesh in this process, on a database of its own, with an operator and as many devices as a test wants. */
+
 import { type Client, credentials, Metadata, type ServiceError, status } from '@grpc/grpc-js'
 import type { ExecutionContext, TestFn } from 'ava'
 import pg from 'pg'
@@ -8,13 +9,14 @@ import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src
 import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { type EnrollResponse, EnrollServiceClient, type Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
-import type { DeviceDescription, Posture } from '../../src/gen/edgemesh/v1/types.ts'
+import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { BadRequest, ErrorInfo, RetryInfo } from '../../src/gen/google/rpc/error_details.ts'
 import { Status } from '../../src/gen/google/rpc/status.ts'
 import { type RunningServer, startServer } from '../../src/server.ts'
 import { readSettings } from '../../src/settings.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { testDatabase } from './postgres.ts'
+import { noTokenRequest } from './token-request.ts'
 
 /** PEM; without certificate and key a client is anonymous. */
 export type Credentials = { rootsPem: string; certificatePem?: string; keyPem?: string }
@@ -39,16 +41,6 @@ export type Clients = {
   authorize: AuthorizeServiceClient
   enroll: EnrollServiceClient
   heartbeat: HeartbeatServiceClient
-}
-
-export const healthy: Partial<Posture> = {
-  cpuPercent: 10,
-  memoryPercent: 20,
-  diskPercent: 30,
-  patchesCurrent: true,
-  antivirusEnabled: true,
-  diskEncrypted: true,
-  firewallEnabled: true,
 }
 
 export const secrets = {
@@ -162,18 +154,6 @@ function poolOf(t: ExecutionContext, connectionString: string): pg.Pool {
   pool.on('error', () => {})
   t.teardown(() => pool.end())
   return pool
-}
-
-export const noTokenRequest: CreateEnrollmentTokenRequest = {
-  usesMax: 0,
-  lifetime: undefined,
-  labels: {},
-  deviceType: 0,
-  deviceId: '',
-  requiresApproval: false,
-  reusable: false,
-  deviceIdPattern: '',
-  sourceNetworks: [],
 }
 
 /** Calls Enroll and takes the identity from its stream. @throws ServiceError as it was refused */

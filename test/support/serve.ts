@@ -4,11 +4,6 @@ import { once } from 'node:events'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { ExecutionContext } from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
-import { openOffline } from '../../src/server.ts'
-import { readSettings } from '../../src/settings.ts'
-import { createLog } from '../../src/telemetry/log.ts'
-import { type Credentials, testEnvironment } from './edgemesh.ts'
 
 export type ServedEdgeMesh = {
   address: string
@@ -113,19 +108,5 @@ async function killGroup(child: ChildProcess): Promise<void> {
     process.kill(-(child.pid as number), 'SIGKILL')
   } catch {
     // There is nobody left.
-  }
-}
-
-/** An operator of a server on that database, made beside it. */
-export async function operatorOf(databaseUrl: string): Promise<Credentials> {
-  const settings = readSettings({ ...testEnvironment, DATABASE_URL: databaseUrl })
-  const offline = await openOffline(settings, createLog({ level: 'fatal' }))
-  try {
-    const keyPem = createKey()
-    const csr = signingRequestFor(keyPem)
-    const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
-    return { ...issued, keyPem }
-  } finally {
-    await offline.close()
   }
 }

@@ -15,12 +15,12 @@ import {
   enrollClientOf,
   enrollOnce,
   eventually,
-  healthy,
   type Refusal,
   refusal,
   secrets,
   unary,
 } from './edgemesh.ts'
+import { healthy } from './healthy.ts'
 
 export type Workload = {
   /** How much was acknowledged so far, by what it was. */

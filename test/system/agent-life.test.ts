@@ -17,13 +17,13 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
-  noTokenRequest,
   shared,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 
 const minuteMs = 60_000
 

@@ -7,7 +7,8 @@ import { runAgent } from '../../src/agent/agent.ts'
 import { type EndedConnection, keepAuthorizations } from '../../src/agent/authorizations.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState } from '../../src/agent/state.ts'
-import { type EdgeMesh, eventually, healthy, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { link } from '../support/relay.ts'
 
 const question = { user: 'ada', service: 'payroll' }

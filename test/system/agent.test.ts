@@ -6,7 +6,8 @@ import { type AgentOptions, runAgent } from '../../src/agent/agent.ts'
 import { describeCallError } from '../../src/agent/channel.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState } from '../../src/agent/state.ts'
-import { eventually, healthy, sharedEdgeMesh, unary } from '../support/edgemesh.ts'
+import { eventually, sharedEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const mesh = sharedEdgeMesh(test, { HEARTBEAT_INTERVAL_SECONDS: '1' })
 

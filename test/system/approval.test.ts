@@ -7,7 +7,6 @@ import {
   enrollClientOf,
   enrollOnce,
   eventually,
-  healthy,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
@@ -17,6 +16,7 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
+import { healthy } from '../support/healthy.ts'
 import { serve } from '../support/serve.ts'
 
 const mesh = sharedEdgeMesh(test)

@@ -14,13 +14,13 @@ import {
   clientsOf,
   type EdgeMesh,
   eventually,
-  healthy,
   refused,
   secrets,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { link } from '../support/relay.ts'
 import { type TwoRoles, twoRoles } from '../support/service-role.ts'
 

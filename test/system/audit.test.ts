@@ -3,7 +3,8 @@ import test from 'ava'
 import { createKey } from '../../src/agent/csr.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { enrollOnce, eventually, healthy, refused, secrets, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { enrollOnce, eventually, refused, secrets, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 test('every call is on record: who, what, on what, from where, and how it ended; and no record holds a secret', async t => {
   let logged = ''

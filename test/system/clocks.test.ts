@@ -8,7 +8,6 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   type Refusal,
   refusal,
   refused,
@@ -17,6 +16,7 @@ import {
   startEdgeMesh,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const mesh = sharedEdgeMesh(test)
 const hourMs = 3_600_000

@@ -5,7 +5,8 @@ import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import { ConnectionStatus } from '../../src/gen/edgemesh/v1/admin.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { type EdgeMesh, eventually, healthy, startEdgeMesh, unary, wasClosed } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, startEdgeMesh, unary, wasClosed } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { findOpa, policyDirectory, startOpa } from '../support/opa.ts'
 
 /** An administrator and a service that administrators may reach: business hours don't concern them. */

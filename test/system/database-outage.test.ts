@@ -11,12 +11,12 @@ import {
   type EdgeMesh,
   enrollOnce,
   eventually,
-  healthy,
   refused,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const log = createLog({ level: 'fatal' })
 

@@ -14,7 +14,6 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   refused,
   shared,
   startEdgeMesh,
@@ -22,6 +21,7 @@ import {
   type TestDevice,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { openssl } from '../support/openssl.ts'
 
 /** Two instances on one database, with somebody to connect and something to connect to. */

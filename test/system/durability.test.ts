@@ -8,16 +8,17 @@ import {
   type EdgeMesh,
   enrollOnce,
   eventually,
-  healthy,
-  noTokenRequest,
   shared,
   startEdgeMesh,
   type TestDevice,
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
+import { operatorOf } from '../support/operator.ts'
 import { testDatabase } from '../support/postgres.ts'
-import { operatorOf, serve } from '../support/serve.ts'
+import { serve } from '../support/serve.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 
 type InUse = { mesh: EdgeMesh; heart: HeartbeatClient; access: AuthorizeClient }
 
@@ -37,7 +38,7 @@ const inUse = shared(test, furnished)
 /** A service that can be killed and started again, and what its users hold. */
 async function killable(t: ExecutionContext) {
   const { url, pool } = await testDatabase(t)
-  const operator = await operatorOf(url)
+  const operator = await operatorOf({ ...testEnvironment, DATABASE_URL: url })
   let running = await serve(t, { ...testEnvironment, DATABASE_URL: url })
   const clients = (who: Credentials) => clientsOf(t, running.address, who)
   return {

@@ -8,7 +8,6 @@ import {
   enrollOnce,
   eventually,
   freshCsr,
-  healthy,
   refusal,
   refused,
   sharedEdgeMesh,
@@ -17,6 +16,7 @@ import {
   tokenIdOf,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { openssl } from '../support/openssl.ts'
 
 const mesh = sharedEdgeMesh(test)

@@ -2,8 +2,9 @@
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import { heartbeats } from '../support/device.ts'
-import { eventually, healthy, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { eventually, startEdgeMesh, unary } from '../support/edgemesh.ts'
 import { findEnvoy, startEnvoy } from '../support/envoy.ts'
+import { healthy } from '../support/healthy.ts'
 import { proxyIdentity } from '../support/proxy-identity.ts'
 
 /** Skipped where there is no Envoy: `.ci/tools` brings it, or name it in ENVOY. */

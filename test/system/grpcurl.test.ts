@@ -4,8 +4,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
 import { heartbeats } from '../support/device.ts'
-import { type Credentials, type EdgeMesh, healthy, shared as share, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { type Credentials, type EdgeMesh, shared as share, startEdgeMesh, unary } from '../support/edgemesh.ts'
 import { findGrpcurl, run } from '../support/grpcurl.ts'
+import { healthy } from '../support/healthy.ts'
 
 const grpcurl = findGrpcurl()
 const shared = share(test, async file => {

@@ -6,15 +6,8 @@ import { Client, credentials } from '@grpc/grpc-js'
 import test from 'ava'
 import { HeartbeatServiceService } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
-import {
-  type EdgeMesh,
-  eventually,
-  healthy,
-  refused,
-  shared as share,
-  startEdgeMesh,
-  unary,
-} from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, refused, shared as share, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const shared = share(test, startEdgeMesh)
 

@@ -12,7 +12,6 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
@@ -20,6 +19,7 @@ import {
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
 import { freePort } from '../support/free-port.ts'
+import { healthy } from '../support/healthy.ts'
 import { testDatabase } from '../support/postgres.ts'
 
 const mesh = sharedEdgeMesh(test)

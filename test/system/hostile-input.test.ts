@@ -29,7 +29,6 @@ import {
   type Credentials,
   type EdgeMesh,
   eventually,
-  healthy,
   type Refusal,
   refusal,
   refused,
@@ -38,6 +37,7 @@ import {
   type TestDevice,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { type HostileMessage, hasField, hostile, plausible, requestShape } from '../support/hostile-messages.ts'
 
 let device: TestDevice

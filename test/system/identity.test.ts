@@ -10,13 +10,13 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   refused,
   sharedEdgeMesh,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const mesh = sharedEdgeMesh(test)
 

@@ -9,7 +9,6 @@ import {
   clientsOf,
   type EdgeMesh,
   eventually,
-  healthy,
   startEdgeMesh,
   startSecondInstance,
   type TestDevice,
@@ -17,6 +16,7 @@ import {
   unary,
   wasClosed,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { testDatabase } from '../support/postgres.ts'
 import { link } from '../support/relay.ts'
 import { serve } from '../support/serve.ts'
@@ -323,6 +323,9 @@ test('while policy can not be had nothing is resumed and nothing is lost: it goe
   t.like(undecided, { allowed: false, connectionId: id })
   t.truthy(undecided?.retryAfter)
   t.deepEqual(codes(undecided?.reasons ?? []), ['POLICY_UNAVAILABLE'])
+  await authorizations(t, blind, device).ask('ada', 'payroll')
+  const counted = await (await fetch(`http://127.0.0.1:${blind.server.metricsPort}/metrics`)).text()
+  t.regex(counted, /^edgemesh_authorization_undecided_total\{reason="POLICY_UNAVAILABLE"\} 1$/m, 'an operator sees it')
   await eventually('it waits there', async () => {
     const { waits, instance } = await recordOf(mesh, id)
     return waits && instance === blind.server.instanceId

@@ -1,6 +1,7 @@
 import test from 'ava'
 import { authorizations, heartbeats } from '../support/device.ts'
-import { eventually, healthy, refused, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { eventually, refused, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { findOpa, startOpa } from '../support/opa.ts'
 
 const withOpa = findOpa() === undefined ? test.skip : test

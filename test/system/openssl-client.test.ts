@@ -6,8 +6,9 @@ import test, { type ExecutionContext } from 'ava'
 import type { EnrollRequest, EnrollResponse, EnrollServiceClient, Identity } from '../../src/gen/edgemesh/v1/enroll.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { heartbeats } from '../support/device.ts'
-import { healthy, sharedEdgeMesh, unary } from '../support/edgemesh.ts'
+import { sharedEdgeMesh, unary } from '../support/edgemesh.ts'
 import { findGrpcurl } from '../support/grpcurl.ts'
+import { healthy } from '../support/healthy.ts'
 import { type OpensslFolder, opensslFolder } from '../support/openssl.ts'
 
 const mesh = sharedEdgeMesh(test)

@@ -7,7 +7,8 @@ import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import { AuthorityRole, AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
 import { heartbeats } from '../support/device.ts'
-import { eventually, healthy, secrets, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { eventually, secrets, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { openssl } from '../support/openssl.ts'
 
 type Own = { root: string; issuing: string; chain: string; key: string; sealedKey: string; rootKey: string }

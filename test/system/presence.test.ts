@@ -2,7 +2,8 @@
 import test, { type ExecutionContext } from 'ava'
 import { DevicePresence } from '../../src/gen/edgemesh/v1/types.ts'
 import { heartbeats } from '../support/device.ts'
-import { type EdgeMesh, eventually, healthy, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const { ONLINE, STALE, OFFLINE } = DevicePresence
 

@@ -6,7 +6,6 @@ import {
   clientsOf,
   type EdgeMesh,
   enrollOnce,
-  healthy,
   type Refusal,
   refusal,
   refused,
@@ -14,6 +13,7 @@ import {
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { line } from '../support/proxy-header.ts'
 import { relay } from '../support/relay.ts'
 

@@ -11,13 +11,13 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   refused,
   shared,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const minuteMs = 60_000
 const dayMs = 24 * 60 * minuteMs

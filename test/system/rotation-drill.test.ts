@@ -13,12 +13,12 @@ import {
   type Credentials,
   eventually,
   freshCsr,
-  healthy,
   refusal,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const agentsMax = 50
 

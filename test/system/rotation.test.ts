@@ -12,12 +12,12 @@ import {
   type EdgeMesh,
   eventually,
   freshCsr,
-  healthy,
   refused,
   startEdgeMesh,
   startSecondInstance,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { openssl } from '../support/openssl.ts'
 
 const rotate = (mesh: EdgeMesh, stage: Stage, force = true) => unary(mesh.admin, 'rotateAuthority', { stage, force })

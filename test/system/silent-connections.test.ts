@@ -4,7 +4,8 @@ import { mock } from 'node:test'
 import { type ConnectionOptions, connect, type TLSSocket } from 'node:tls'
 import test from 'ava'
 import { heartbeats } from '../support/device.ts'
-import { type EdgeMesh, eventually, healthy, startEdgeMesh } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, startEdgeMesh } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 /** One that shows no certificate. Whether the other end hangs up is to be seen from its events. */
 function silent({ server }: EdgeMesh, options: ConnectionOptions & { localAddress?: string } = {}): TLSSocket {

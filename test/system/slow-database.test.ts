@@ -2,7 +2,8 @@
 import test from 'ava'
 import pg from 'pg'
 import { heartbeats } from '../support/device.ts'
-import { eventually, healthy, startEdgeMesh } from '../support/edgemesh.ts'
+import { eventually, startEdgeMesh } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 
 const intervalOf = ({ nextInterval }: { nextInterval?: { seconds: number; nanos: number } | undefined }) =>
   (nextInterval?.seconds ?? 0) + (nextInterval?.nanos ?? 0) / 1e9

@@ -7,9 +7,10 @@ import fc from 'fast-check'
 import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
 import type { EnrollServiceClient } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
-import { clientsOf, type EdgeMesh, noTokenRequest, startEdgeMesh, unary } from '../support/edgemesh.ts'
+import { clientsOf, type EdgeMesh, startEdgeMesh, unary } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
 import { relay } from '../support/relay.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 
 const runs = Number(process.env.EDGEMESH_TEST_RUNS ?? 30)
 /** A life is of fifty steps at most, and usually over within a second. */

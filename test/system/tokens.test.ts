@@ -12,7 +12,6 @@ import {
   enrollOnce,
   eventually,
   freshCsr,
-  healthy,
   refused,
   secrets,
   sharedEdgeMesh,
@@ -22,6 +21,7 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 import { startEnroll } from '../support/enrolling.ts'
+import { healthy } from '../support/healthy.ts'
 import { relay } from '../support/relay.ts'
 
 const mesh = sharedEdgeMesh(test)

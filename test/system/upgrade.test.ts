@@ -14,16 +14,16 @@ import {
   clientsOf,
   enrollOnce,
   eventually,
-  healthy,
-  noTokenRequest,
   type Refusal,
   refusal,
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
 import { testDatabase } from '../support/postgres.ts'
 import { type Link, link } from '../support/relay.ts'
 import { type ServedEdgeMesh, serve } from '../support/serve.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 import { commitBefore, thisVersion, type Version, versionAt, versionOfTomorrow } from '../support/versions.ts'
 
 /** Between two acts of one who makes load. */

@@ -14,21 +14,22 @@ import {
   clientsOf,
   enrollOnce,
   eventually,
-  healthy,
-  noTokenRequest,
   refused,
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { healthy } from '../support/healthy.ts'
+import { operatorOf } from '../support/operator.ts'
 import { testDatabase } from '../support/postgres.ts'
 import { line } from '../support/proxy-header.ts'
 import { relay } from '../support/relay.ts'
-import { operatorOf, type ServedEdgeMesh, serve } from '../support/serve.ts'
+import { type ServedEdgeMesh, serve } from '../support/serve.ts'
+import { noTokenRequest } from '../support/token-request.ts'
 
 /** So many workers on a database of their own, and whoever calls them. */
 async function start(t: ExecutionContext, workers: number, env: Record<string, string> = {}, nodeArgs: string[] = []) {
   const { url, pool } = await testDatabase(t)
-  const operator = await operatorOf(url)
+  const operator = await operatorOf({ ...testEnvironment, DATABASE_URL: url })
   const settings = { ...testEnvironment, DATABASE_URL: url, ...env }
   const served = await serve(t, settings, { args: ['--workers', String(workers)], nodeArgs })
   const clients = (who: Credentials) => clientsOf(t, served.address, who)
