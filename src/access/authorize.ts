@@ -21,7 +21,8 @@ import type {
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { answerOf, denial, passing, undecided } from './answers.ts'
-import { connectionIdOf } from './connection-records.ts'
+import { connectionIdOf, messageOf } from './connection-id.ts'
+import { createConnectionMap } from './connection-map.ts'
 import type { AccessQuestion, Decider } from './decide.ts'
 import { decideAndLease, endingBy } from './decide-and-lease.ts'
 import { decisionEntry, newDecisionId } from './decision-records.ts'
@@ -124,7 +125,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     const deviceId = call.caller.id
     call.audit.target = `device/${deviceId}`
     /** The leases of this stream, by connection id. */
-    const held = new Map<string, Lease>()
+    const held = createConnectionMap<Lease>()
     /** Once the stream has ended; questions may still be under way. */
     let over = false
     /** It has ended by what passes: its device will be back. */
@@ -138,14 +139,14 @@ export function createAuthorize(deps: ContinuousDeps) {
 
     function revoked({ lease, reasons, policyRevision, decisionId, sinceMs }: Revocation): void {
       // A lease that its holder has not been told of yet turns into a denial instead (see `ask`).
-      if (!held.delete(lease.id)) return
+      if (!held.remove(lease)) return
       const value = { connectionId: lease.id, questionId: lease.questionId, reasons, policyRevision, decisionId }
       send({ $case: 'revoked', value })
       pushed.add(lease.id, sinceMs)
     }
 
     function moved(lease: Lease): void {
-      if (held.get(lease.id) === lease) held.delete(lease.id)
+      held.remove(lease)
     }
 
     async function ask(questions: Question[], userAssertion: string): Promise<Answer[]> {
@@ -174,23 +175,20 @@ export function createAuthorize(deps: ContinuousDeps) {
         revoked(revocation)
       }
       const id = newDecisionId()
+      const message = messageOf(id)
       const deciding = allOrNone(
         asked,
-        (question, at) => {
-          const [connectionId, decisionId, questionId] = [
-            connectionIdOf(id, at),
-            `${id}.${at}`,
-            questions[at]?.id ?? '',
-          ]
-          return decideAndLease(deps, question, {
-            id: connectionId,
-            decisionId,
-            questionId,
+        (question, at) =>
+          decideAndLease(deps, question, {
+            id: connectionIdOf(message, at),
+            message,
+            place: at,
+            decisionId: `${id}.${at}`,
+            questionId: questions[at]?.id ?? '',
             assertedUntilMs,
             push,
             moved,
-          })
-        },
+          }),
         ({ lease }) => lease && deps.leases.drop(lease),
       )
       const decided = deciding instanceof Promise ? await deciding : deciding
@@ -208,7 +206,7 @@ export function createAuthorize(deps: ContinuousDeps) {
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
         deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
-        const revocation = lease && revocations.get(lease.id)
+        const revocation = lease && revocations.size > 0 ? revocations.get(lease.id) : undefined
         if (revocation) {
           const { reasons, policyRevision, decisionId } = revocation
           return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
@@ -222,7 +220,7 @@ export function createAuthorize(deps: ContinuousDeps) {
 
     /** @param isKnown whether its device knows of it, and may come back for it, if the stream was cut while it was decided */
     function hold(lease: Lease, isKnown: boolean): void {
-      held.set(lease.id, lease)
+      held.add(lease)
       // Such a stream holds nothing any more, and nobody will end it there.
       if (over) letGo([lease], isKnown)
     }
@@ -230,13 +228,13 @@ export function createAuthorize(deps: ContinuousDeps) {
     function close(ids: string[]): string[] {
       bounded('close.connection_ids', ids.length)
       const leases = ids.flatMap(id => held.get(id) ?? [])
-      for (const { id } of leases) held.delete(id)
+      for (const lease of leases) held.remove(lease)
       return deps.leases.close(leases, closedEntry).map(({ id }) => id)
     }
 
     /** The stream is over: its leases wait for its device, are closed with it, or taken back if that was thrown out. */
     function letGo(leases: Lease[], isKnown: boolean): void {
-      for (const lease of leases) held.delete(lease.id)
+      for (const lease of leases) held.remove(lease)
       const cut: unknown = call.signal.reason
       if (cut instanceof Fault && cut.code === 'UNAUTHENTICATED') {
         for (const lease of leases) deps.leases.revoke(lease, [thrownOut(cut)])
@@ -332,7 +330,7 @@ export function createAuthorize(deps: ContinuousDeps) {
         } else if (kind?.$case === 'close') {
           send({ $case: 'closed', value: { connectionIds: close(kind.value.connectionIds) } })
         } else if (kind?.$case === 'list') {
-          send({ $case: 'connections', value: { connections: [...held.values()].map(openConnection) } })
+          send({ $case: 'connections', value: { connections: held.values().map(openConnection) } })
         } else if (kind?.$case === 'resume') {
           const { connectionIds: ids, userAssertion = '' } = kind.value
           const answers = await resume(ids, userAssertion).catch(error =>
@@ -352,7 +350,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     } finally {
       over = true
       pushed.end()
-      letGo([...held.values()], true)
+      letGo(held.values(), true)
     }
   }
 }

@@ -12,6 +12,7 @@ import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
 import { untilCommitted } from '../db/failure.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
+import { connectionIdOf, messageOf, placeOf } from './connection-id.ts'
 import { joinInput } from './decision-records.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -117,9 +118,10 @@ export async function recordFromDecisions(
   deviceId: string | null = null,
 ): Promise<number> {
   const within = (recordedAfterMs + graceMs + unnoticedMs) / 1_000
-  const [decisions, places] = [ids.map(decisionOf), ids.map(placeOf)]
+  const asked = ids.filter(id => placeOf(id) >= 0)
+  const [decisions, places] = [asked.map(decisionOf), asked.map(placeOf)]
   const { rowCount } = await pool.query(fromDecisions, [
-    ids,
+    asked,
     decisions,
     places,
     deviceId,
@@ -147,13 +149,7 @@ const fromDecisions = `
   )
   on conflict (id) do nothing`
 
-/** The id of the connection that a question at this place of its message is allowed, below 256. */
-export function connectionIdOf(decisionId: string, place: number): string {
-  return decisionId.slice(0, -2) + place.toString(16).padStart(2, '0')
-}
-
-const decisionOf = (connectionId: string) => `${connectionId.slice(0, -2)}00`
-const placeOf = (connectionId: string) => Number.parseInt(connectionId.slice(-2), 16)
+const decisionOf = (connectionId: string) => connectionIdOf(messageOf(connectionId), 0)
 
 // An instance of the version before does not hand over: it would write an end of what it has lost. The lock makes who claims
 // the same rows wait, in one order; so the one behind sees whose they have become.

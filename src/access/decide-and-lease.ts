@@ -47,6 +47,8 @@ function leased(deps: LeasingDeps, question: AccessQuestion, known: Known, decis
   const { user, service } = decision.ground
   const wanted: Granted = {
     id: known.id,
+    message: known.message,
+    place: known.place,
     grantedAtMs: known.grantedAtMs,
     questionId: known.questionId,
     question,

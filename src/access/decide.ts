@@ -92,8 +92,7 @@ export function createDecider(options: {
     return verdict
   }
 
-  function decideOn(question: AccessQuestion, ground: Ground): Decision | Promise<Decision> {
-    const now = clock()
+  function decideOn(question: AccessQuestion, ground: Ground, now: number): Decision | Promise<Decision> {
     // No part of it can hold a NUL. If one could, two questions would drop each other's verdicts, and use none.
     const asked = `${question.deviceId}\0${question.user}\0${question.service}\0${question.action}`
     const kept = verdicts.get(asked)
@@ -122,8 +121,10 @@ export function createDecider(options: {
 
   return {
     decide(question) {
-      const ground = facts.ground(question)
-      return ground instanceof Promise ? ground.then(known => decideOn(question, known)) : decideOn(question, ground)
+      const now = clock()
+      const ground = facts.ground(question, now)
+      if (ground instanceof Promise) return ground.then(known => decideOn(question, known, clock()))
+      return decideOn(question, ground, now)
     },
     stats: () => ({ entries: verdicts.size, hits, misses, invalidations }),
   }

@@ -46,7 +46,7 @@ export function joinInput(question: string): string {
   cross join lateral (select coalesce(${question} -> 'input', first.input) as input) known`
 }
 
-/** For a row of decisions. Its last byte is left to the connections that they allow: see `connection-records.ts`. */
+/** For a row of decisions. Its last byte is left to the connections that they allow: see `connection-id.ts`. */
 export function newDecisionId(): string {
   return `${randomUUIDv7().slice(0, -2)}00`
 }

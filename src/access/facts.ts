@@ -41,9 +41,10 @@ export type Facts = {
   /**
    * At once where all of it is in memory.
    *
+   * @param nowMs default: by the clock
    * @throws Fault UNAVAILABLE when memory can't be trusted and the database can't be asked
    */
-  ground(question: { deviceId: string; user: string; service: string }): Ground | Promise<Ground>
+  ground(question: { deviceId: string; user: string; service: string }, nowMs?: number): Ground | Promise<Ground>
   /** Whether nothing of it has changed since. */
   isCurrent(question: { deviceId: string; user: string; service: string }, ground: Ground): boolean
   policyData(): Promise<PolicyFacts>
@@ -136,17 +137,20 @@ export function createFacts(options: {
 
   const nobody = ''
 
-  function freshDevice(id: string): Fact<DeviceFacts | undefined> | Promise<Fact<DeviceFacts | undefined>> {
+  function freshDevice(
+    id: string,
+    nowMs: number,
+  ): Fact<DeviceFacts | undefined> | Promise<Fact<DeviceFacts | undefined>> {
     const fact = devices.get(id)
-    if (fact instanceof Promise) return fact.then(loaded => (looksStale(loaded) ? loadAgain(id) : loaded))
-    return looksStale(fact) ? loadAgain(id) : fact
+    if (fact instanceof Promise) return fact.then(loaded => (looksStale(loaded, clock()) ? loadAgain(id) : loaded))
+    return looksStale(fact, nowMs) ? loadAgain(id) : fact
   }
 
   /** And may have reported since to another instance. */
-  function looksStale({ value, loadedAt }: Fact<DeviceFacts | undefined>): boolean {
+  function looksStale({ value, loadedAt }: Fact<DeviceFacts | undefined>, nowMs: number): boolean {
     if (!value?.measuredAtMs) return false
     const staleAt = value.measuredAtMs + maxAgeMs
-    return clock() >= staleAt && loadedAt < staleAt
+    return nowMs >= staleAt && loadedAt < staleAt
   }
 
   function loadAgain(id: string) {
@@ -154,9 +158,9 @@ export function createFacts(options: {
     return devices.get(id)
   }
 
-  function ground(question: Parameters<Facts['ground']>[0]): Ground | Promise<Ground> {
-    if (!feed.isLive()) return feed.caughtUp().then(() => ground(question))
-    const device = freshDevice(question.deviceId)
+  function ground(question: Parameters<Facts['ground']>[0], nowMs = clock()): Ground | Promise<Ground> {
+    if (!feed.isLive(nowMs)) return feed.caughtUp().then(() => ground(question))
+    const device = freshDevice(question.deviceId, nowMs)
     const user = users.get(question.user)
     const service = services.get(question.service)
     const data = policy.get('data')

@@ -22,6 +22,8 @@ import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
+import type { ConnectionPlace } from './connection-id.ts'
+import { type ConnectionMap, createConnectionMap } from './connection-map.ts'
 import { connectionEntry, departedConnections, recordedAfterMs } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import type { PolicyEngine, PolicyReason } from './policy-engine.ts'
@@ -29,7 +31,7 @@ import { assertionExpired } from './user-assertion.ts'
 
 export type LeaseState = 'active' | 'suspended' | 'revoked' | 'closed' | 'moved'
 
-export type Lease = {
+export type Lease = ConnectionPlace & {
   id: string
   questionId: string
   question: AccessQuestion
@@ -143,8 +145,8 @@ const ways: Record<LeaseState, readonly LeaseState[]> = {
 export function createLeases(options: LeasesOptions): Leases {
   const { decider, engine, feed, clock, log, graceMs, instanceId } = options
   /** Those that are active or suspended, by id. */
-  const watched = new Map<string, Lease>()
-  const byDevice = groups<Lease>()
+  const watched = createConnectionMap<Lease>()
+  const byDevice = new Map<string, ConnectionMap<Lease>>()
   /** By device, those that have waited longest first. */
   const suspended = groups<Lease>()
   /** To be decided anew, each with the moment since when it might not stand. */
@@ -162,9 +164,11 @@ export function createLeases(options: LeasesOptions): Leases {
     if (state === 'suspended') {
       suspended.add(deviceId, lease)
     } else {
-      watched.delete(lease.id)
+      watched.remove(lease)
       due.delete(lease)
-      byDevice.remove(deviceId, lease)
+      const ofDevice = byDevice.get(deviceId)
+      ofDevice?.remove(lease)
+      if (ofDevice?.size === 0) byDevice.delete(deviceId)
     }
     if (state !== 'moved') options.onState(lease)
     return true
@@ -267,7 +271,7 @@ export function createLeases(options: LeasesOptions): Leases {
     for (const key of keys) {
       const at = key.indexOf(':')
       const [kind, id] = [key.slice(0, at), key.slice(at + 1)]
-      if (kind === 'device') enqueue(byDevice.of(id), announcedAtMs)
+      if (kind === 'device') enqueue(byDevice.get(id)?.values() ?? [], announcedAtMs)
       else if (kind === 'connection') connections.push(id)
       else if (kind === 'policy') enqueue(watched.values(), announcedAtMs)
       else if (kind === 'user')
@@ -286,15 +290,21 @@ export function createLeases(options: LeasesOptions): Leases {
           announcedAtMs,
         )
     }
-    if (connections.some(id => watched.has(id))) reconcileSoon(connections, announcedAtMs)
+    if (connections.some(id => watched.get(id))) reconcileSoon(connections, announcedAtMs)
   })
   feed.onReset(() => {
     enqueue(watched.values())
-    if (watched.size > 0) reconcileSoon(watched.keys())
+    if (watched.size > 0) reconcileSoon(watched.values().map(({ id }) => id))
   })
   engine.onRevision(() => enqueue(watched.values(), clock()))
 
-  const those = (which: (lease: Lease) => boolean) => [...watched.values()].filter(which)
+  function those(which: (lease: Lease) => boolean): Lease[] {
+    const found: Lease[] = []
+    watched.forEach(lease => {
+      if (which(lease)) found.push(lease)
+    })
+    return found
+  }
 
   function closeUnresumed(lease: Lease): void {
     if (become(lease, 'closed')) options.record([entryOf(lease, [notResumed])])
@@ -303,7 +313,7 @@ export function createLeases(options: LeasesOptions): Leases {
   const sweeping = setInterval(() => {
     const now = clock()
     if (feed.lagMs() > graceMs) {
-      for (const lease of [...watched.values()]) takeBack(lease, [outOfTouch(graceMs)])
+      for (const lease of watched.values()) takeBack(lease, [outOfTouch(graceMs)])
       return
     }
     const databaseNow = feed.databaseTimeMs(now)
@@ -326,6 +336,8 @@ export function createLeases(options: LeasesOptions): Leases {
       // One by one: spreading the object is the dearest part of it.
       const lease: Lease = {
         id,
+        message: wanted.message,
+        place: wanted.place,
         questionId: wanted.questionId,
         question: wanted.question,
         userId: wanted.userId,
@@ -342,8 +354,14 @@ export function createLeases(options: LeasesOptions): Leases {
         push: wanted.push,
         moved: wanted.moved,
       }
-      watched.set(id, lease)
-      byDevice.add(lease.question.deviceId, lease)
+      watched.add(lease)
+      const { deviceId } = lease.question
+      let ofDevice = byDevice.get(deviceId)
+      if (!ofDevice) {
+        ofDevice = createConnectionMap()
+        byDevice.set(deviceId, ofDevice)
+      }
+      ofDevice.add(lease)
       // The change of the policy was told before there was this lease to think of.
       if (decidedBy !== engine.revision()) enqueue([lease])
       return lease
@@ -382,9 +400,9 @@ export function createLeases(options: LeasesOptions): Leases {
     reconcile,
     activeByService() {
       const counts = new Map<string, number>()
-      for (const { state, serviceId } of watched.values()) {
+      watched.forEach(({ state, serviceId }) => {
         if (state === 'active') counts.set(serviceId, (counts.get(serviceId) ?? 0) + 1)
-      }
+      })
       return counts
     },
     suspended: () => suspended.all().length,

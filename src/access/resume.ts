@@ -10,6 +10,7 @@ import { callerName } from '../caller.ts'
 import type { Answer } from '../gen/edgemesh/v1/authorize.ts'
 import { answerOf, denial, undecided } from './answers.ts'
 import type { AuthorizeDeps, Resume, ResumingStream } from './authorize.ts'
+import { readConnectionId } from './connection-id.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
 import { decideAndLease } from './decide-and-lease.ts'
@@ -111,7 +112,16 @@ export function createResume(deps: ResumeDeps): Resume {
     const { id, grantedAtMs } = claim
     const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
     const { moved } = stream
-    const known = { id, decisionId: claim.decisionId, grantedAtMs, questionId: '', assertedUntilMs, push, moved }
+    const known = {
+      id,
+      ...readConnectionId(id),
+      decisionId: claim.decisionId,
+      grantedAtMs,
+      questionId: '',
+      assertedUntilMs,
+      push,
+      moved,
+    }
     const { verdict, lease } = await decideAndLease(deps, question, known)
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
     return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }
@@ -146,6 +156,7 @@ export function createResume(deps: ResumeDeps): Resume {
     const [expiresAtMs, assertedUntilMs] = [clock(), Number.POSITIVE_INFINITY]
     return {
       id,
+      ...readConnectionId(id),
       grantedAtMs,
       userId,
       serviceId,

@@ -31,7 +31,7 @@ export type ChangeFeed = {
   databaseTimeMs(ms: number): number
   /** Age of the newest tick that has come back, in ms. */
   lagMs(): number
-  isLive(): boolean
+  isLive(nowMs?: number): boolean
   /** Resolves once memory may be used. @throws Fault UNAVAILABLE `FACTS_BEHIND` when that takes too long */
   caughtUp(): Promise<void>
   stop(): Promise<void>
@@ -113,7 +113,7 @@ export async function startChangeFeed(options: {
   let reconnectTimer: NodeJS.Timeout | undefined
   let failures = 0
 
-  const isLive = () => isVouchedFor && clock() - newestTickSentAt < behindAfterMs
+  const isLive = (nowMs = clock()) => isVouchedFor && nowMs - newestTickSentAt < behindAfterMs
 
   function receive(payload: string): void {
     if (payload.startsWith('tick:')) {

@@ -293,27 +293,34 @@ type Tally = (count: number, ...labelValues: string[]) => void
 
 /** A counter as a plain map from label values to a sum. */
 function tally(meter: Meter, name: string, description: string, labels: readonly string[]): Tally {
-  const sums = new Map<string, { attributes: Record<string, string>; sum: number }>()
+  type Sum = { attributes: Record<string, string>; sum: number }
+  /** By the first label, then by the others: most have one or two, and no text has to be made to look it up. */
+  const sums = new Map<string, Map<string, Sum>>()
+  let series = 0
   meter.createObservableCounter(name, { description }).addCallback(result => {
-    for (const { attributes, sum } of sums.values()) result.observe(sum, attributes)
+    for (const ofFirst of sums.values()) {
+      for (const { attributes, sum } of ofFirst.values()) result.observe(sum, attributes)
+    }
   })
 
   function add(count: number, ...labelValues: string[]): void {
-    // Most have one label or two; `join` takes as long as all the rest.
     const [first = '', second = ''] = labelValues
-    const key = labelValues.length <= 2 ? `${first}\n${second}` : labelValues.join('\n')
-    const known = sums.get(key)
+    const rest = labelValues.length <= 2 ? second : labelValues.slice(1).join('\n')
+    const ofFirst = sums.get(first)
+    const known = ofFirst?.get(rest)
     if (known) {
       known.sum += count
       return
     }
     // One place is kept for `other` itself, so that it can always be entered.
     const isOther = labelValues.every(value => value === 'other')
-    if (sums.size >= SERIES_MAX - 1 && !isOther) {
+    if (series >= SERIES_MAX - 1 && !isOther) {
       add(count, ...labels.map(() => 'other'))
     } else {
       const attributes = Object.fromEntries(labels.map((label, index) => [label, labelValues[index] ?? '']))
-      sums.set(key, { attributes, sum: count })
+      series++
+      if (ofFirst) ofFirst.set(rest, { attributes, sum: count })
+      else sums.set(first, new Map([[rest, { attributes, sum: count }]]))
     }
   }
   return add

@@ -116,6 +116,8 @@ test('a grant of a new role that goes while the connection is decided under that
   const lease = leases.grant(
     {
       id: '00000000-0000-7000-8000-000000000000',
+      message: '00000000-0000-7000-8000-0000000000',
+      place: 0,
       questionId: 'q',
       question,
       userId: 'ada',

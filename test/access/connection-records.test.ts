@@ -1,8 +1,8 @@
 import test, { type ExecutionContext } from 'ava'
+import { connectionIdOf, messageOf } from '../../src/access/connection-id.ts'
 import {
   claimConnections,
   connectionEntry,
-  connectionIdOf,
   departedConnections,
   recordFromDecisions,
 } from '../../src/access/connection-records.ts'
@@ -43,6 +43,8 @@ async function start(t: ExecutionContext) {
 
 const write = (journal: Journal, instance: string, ...of: Parameters<typeof lease>) =>
   journal.append([connectionEntry(lease(...of), instance, Date.now(), [reason])])
+
+const connectionOf = (decisionId: string, place: number) => connectionIdOf(messageOf(decisionId), place)
 
 test('what an instance writes of a connection that another has claimed changes nothing', async t => {
   const { pool, journal, record, claim } = await start(t)
@@ -105,10 +107,10 @@ const verdictOf = (allow: boolean) => {
   return { allow, onRecord: { first }, policyRevision: '1' } as unknown as Verdict
 }
 
-/** A message that was allowed one thing and denied another. @returns the id of its decision */
-async function decided(journal: Journal, call = stream, nowMs = Date.now()): Promise<string> {
+/** A message, by default one that was allowed one thing and denied another. @returns the id of its decision */
+async function decided(journal: Journal, call = stream, nowMs = Date.now(), allows = [true, false]): Promise<string> {
   const decisionId = newDecisionId()
-  const answers = [true, false].map(allow => ({ question, verdict: verdictOf(allow) }))
+  const answers = allows.map(allow => ({ question, verdict: verdictOf(allow) }))
   await journal.append([decisionEntry(decisionId, call, 'alpha', answers, nowMs, 0).entry])
   return decisionId
 }
@@ -116,7 +118,7 @@ async function decided(journal: Journal, call = stream, nowMs = Date.now()): Pro
 test('a connection that was just allowed, and whose instance has died, is claimed by its decision', async t => {
   const { pool, journal } = await start(t)
   const decisionId = await decided(journal)
-  const ids = [connectionIdOf(decisionId, 0), connectionIdOf(decisionId, 1), connectionIdOf(decisionId, 2)]
+  const ids = [connectionOf(decisionId, 0), connectionOf(decisionId, 1), connectionOf(decisionId, 2)]
   const asked = { ids, deviceId: 'beta', instanceId: 'b', graceMs: 30_000 }
   t.is((await claimConnections(pool, asked)).size, 0, 'not by another device')
   const claims = await claimConnections(pool, { ...asked, deviceId: 'alpha' })
@@ -134,7 +136,7 @@ test('a connection that was just allowed, and whose instance has died, is claime
 
 test('several who need the row of one connection make one', async t => {
   const { pool, journal } = await start(t)
-  const id = connectionIdOf(await decided(journal), 0)
+  const id = connectionOf(await decided(journal), 0)
   const made = await Promise.all(Array.from({ length: 8 }, () => recordFromDecisions(pool, [id], 30_000)))
   t.deepEqual(
     made.filter(count => count > 0),
@@ -144,11 +146,12 @@ test('several who need the row of one connection make one', async t => {
 
 test('no connection comes of one that was closed, of a decision of long ago, or of an answer to Check', async t => {
   const { pool, journal } = await start(t)
-  const closed = connectionIdOf(await decided(journal), 0)
+  const closed = connectionOf(await decided(journal), 0)
   const event = { ...stream, audit: { ...stream.audit, detail: { closed: [closed] } } }
   await journal.append([callEntry(event, { code: 'OK' })])
-  const old = connectionIdOf(await decided(journal, stream, Date.now() - 600_000), 0)
-  const checked = connectionIdOf(await decided(journal, callOf(AuthorizeServiceService.check.path)), 0)
-  t.is(await recordFromDecisions(pool, [closed, old, checked], 30_000), 0)
-  t.is(await recordFromDecisions(pool, [connectionIdOf(await decided(journal), 0)], 30_000), 1)
+  const old = connectionOf(await decided(journal, stream, Date.now() - 600_000), 0)
+  const checked = connectionOf(await decided(journal, callOf(AuthorizeServiceService.check.path)), 0)
+  const misspelt = connectionOf(await decided(journal, stream, Date.now(), [false, true]), 171).toUpperCase()
+  t.is(await recordFromDecisions(pool, [closed, old, checked, misspelt], 30_000), 0)
+  t.is(await recordFromDecisions(pool, [connectionOf(await decided(journal), 0)], 30_000), 1)
 })

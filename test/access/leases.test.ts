@@ -7,6 +7,7 @@ import { mock } from 'node:test'
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
 import type pg from 'pg'
+import { readConnectionId } from '../../src/access/connection-id.ts'
 import type { Claim } from '../../src/access/connection-records.ts'
 import type { Verdict } from '../../src/access/decide.ts'
 import { createLeases, type Lease, suspendedPerDeviceMax } from '../../src/access/leases.ts'
@@ -140,7 +141,7 @@ function startInstance(name: string, world: World) {
       }
     },
     grant(stream: Stream): void {
-      stream.held = leases.grant({ id, questionId: 'q', question, ...leaseOf(stream) })
+      stream.held = leases.grant({ ...connection(id), questionId: 'q', question, ...leaseOf(stream) })
     },
     resume: (stream: Stream): Promise<Answer[]> =>
       resume([id], {
@@ -156,6 +157,8 @@ function startInstance(name: string, world: World) {
     watched: () => (leases.activeByService().get('payroll') ?? 0) + leases.suspended(),
   }
 }
+
+const connection = (id: string) => ({ id, ...readConnectionId(id) })
 
 function leaseOf(stream: Stream) {
   return {
@@ -363,7 +366,7 @@ test.serial(
     const { leases, written } = alone(t)
     const all = Array.from({ length: suspendedPerDeviceMax + 3 }, () =>
       leases.grant({
-        id: randomUUID(),
+        ...connection(randomUUID()),
         questionId: 'q',
         question,
         ...leaseOf({ held: undefined, isOpen: true, told: 0 }),
@@ -389,7 +392,7 @@ test.serial('a connection that is not allowed after all, after its record has ta
   const { leases, written } = alone(t)
   const stream = { held: undefined, isOpen: true, told: 0 }
   const [quick, slow] = [0, 1].map(() =>
-    leases.grant({ id: randomUUID(), questionId: 'q', question, ...leaseOf(stream) }),
+    leases.grant({ ...connection(randomUUID()), questionId: 'q', question, ...leaseOf(stream) }),
   )
   leases.drop(quick!)
   mock.timers.tick(2_200)
