@@ -169,12 +169,31 @@ function assertCanonicalOid(contents: Buffer): void {
 
 /** The dotted text of an OBJECT IDENTIFIER's contents, for comparing with constants and for messages. */
 export function oidText(contents: Buffer): string {
+  let text = ''
+  let arc = 0
+  for (const byte of contents) {
+    if (arc >= longArcMin) return longOidText(contents)
+    arc = arc * 128 + (byte & 0x7f)
+    if (byte >= 0x80) continue
+    // X.690 section 8.19.4: the first two arcs share one number.
+    if (text === '') {
+      const top = arc < 80 ? Math.floor(arc / 40) : 2
+      text = `${top}.${arc - top * 40}`
+    } else text += `.${arc}`
+    arc = 0
+  }
+  return text
+}
+
+/** From here on one more octet may be more than a number holds exactly. Nothing that certificates name gets here. */
+const longArcMin = 2 ** 46
+
+function longOidText(contents: Buffer): string {
   const arcs: bigint[] = []
   let arc = 0n
   for (const byte of contents) {
     arc = (arc << 7n) | BigInt(byte & 0x7f)
     if (byte >= 0x80) continue
-    // X.690 section 8.19.4: the first two arcs share one number.
     if (arcs.length === 0) {
       const top = arc < 80n ? arc / 40n : 2n
       arcs.push(top, arc - top * 40n)

@@ -13,9 +13,9 @@ const instances = 3
 const revocations = 200
 const reachMsMax = 1_000
 const timesHandshakesMax = 1.5
-/** Of the survivors' devices some go on reporting, to see what they notice. */
+/** Of the survivors' devices some go on reporting, to see what they notice: so few that they are no load of their own. */
 const beatingStreams = 100
-const beatEveryMs = 250
+const beatEveryMs = 1_000
 const calmMs = 3_000
 const stormMsMax = 120_000
 
