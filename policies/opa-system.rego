@@ -2,7 +2,8 @@
 # title: Who may talk to this OPA server?
 # description: |
 #   Only who knows the token, and only to ask what EdgeMesh asks: a decision, which policies are loaded, whether the
-#   server lives. The token can't be used to change a policy. OPA consults this package when it is started with
+#   server lives; and what Prometheus asks. The token can't be used to change a policy. OPA consults this package when
+#   it is started with
 #
 #     EDGEMESH_OPA_TOKEN=... opa run --server --authentication=token --authorization=basic ...
 #
@@ -30,5 +31,5 @@ request_is_ours if {
 
 request_is_ours if {
 	input.method == "GET"
-	input.path in {["v1", "policies"], ["health"]}
+	input.path in {["v1", "policies"], ["health"], ["metrics"]}
 }

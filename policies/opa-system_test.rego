@@ -12,6 +12,7 @@ test_the_token_may_ask if {
 	authz.allow with input as ask("right", "POST", decision_path) with opa.runtime as environment
 	authz.allow with input as ask("right", "GET", ["v1", "policies"]) with opa.runtime as environment
 	authz.allow with input as ask("right", "GET", ["health"]) with opa.runtime as environment
+	authz.allow with input as ask("right", "GET", ["metrics"]) with opa.runtime as environment
 }
 
 test_the_token_may_change_nothing if {
@@ -22,6 +23,7 @@ test_the_token_may_change_nothing if {
 
 test_nobody_else_may_ask if {
 	not authz.allow with input as ask("wrong", "POST", decision_path) with opa.runtime as environment
+	not authz.allow with input as ask("wrong", "GET", ["metrics"]) with opa.runtime as environment
 	not authz.allow with input as {"method": "POST", "path": decision_path} with opa.runtime as environment
 }
 

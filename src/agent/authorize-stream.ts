@@ -56,7 +56,7 @@ export type AuthorizationStream = {
   list(): Promise<OpenConnection[]>
   /** For how long its leases can be resumed once it is lost; absent until the server has said it. */
   resumeWithinMs(): number | undefined
-  /** Resolves when no question is in flight. */
+  /** Resolves when no question is in flight, and whoever has asked one has gone on with its answer. */
   settled(): Promise<void>
   /** Ends the stream, and with it all its leases. */
   close(): Promise<void>
@@ -137,7 +137,7 @@ export function openAuthorizations({
   })
 
   function settle(): void {
-    for (const resolve of settling) resolve()
+    for (const resolve of settling) afterAnswers(resolve)
     settling.clear()
   }
 
@@ -248,7 +248,7 @@ export function openAuthorizations({
 
     resumeWithinMs: () => resumeWithinMs,
 
-    settled: () => new Promise(resolve => (asked.size === 0 ? resolve() : void settling.add(resolve))),
+    settled: () => new Promise(resolve => void (asked.size === 0 ? afterAnswers(resolve) : settling.add(resolve))),
 
     async closeConnections(connectionIds) {
       const closedIds = chunked([...new Set(connectionIds)]).map(some =>
@@ -273,6 +273,14 @@ export function openAuthorizations({
       )
     },
   }
+}
+
+/**
+ * An answer reaches who has asked some promises later. Who moves in between would leave behind what has just been allowed: its
+ * lease would end with the stream, and its holder would not hear of that.
+ */
+function afterAnswers(resolve: () => void): void {
+  setImmediate(resolve)
 }
 
 const checkTimeoutMs = 10_000

@@ -19,6 +19,8 @@ export function serveCommand(): Command {
       `
 SIGTERM and Ctrl-C ask devices to reconnect elsewhere, finish calls under way, and exit with 0.
 
+A database that is away at the start is waited for, for a minute.
+
 Workers share what one process would have: DATABASE_POOL_SIZE, the memory. One
 that dies is replaced. See docs/workers.md.
 
@@ -68,8 +70,9 @@ function demandDatabase({ database }: Settings): void {
 /** @param cause why it is one process, where that had to be found out */
 async function serveAlone(settings: Settings, cause?: string): Promise<void> {
   // Wrong settings are told without waiting for the server's code to load.
-  const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
+  const [{ startServer }, { awaitDatabase }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
+    import('../db/await-database.ts'),
     import('../telemetry/log.ts'),
     import('../telemetry/tracing.ts'),
   ])
@@ -77,6 +80,9 @@ async function serveAlone(settings: Settings, cause?: string): Promise<void> {
   const stopping = stopSignal()
   const log = createLog({ level: settings.log.level })
   if (cause !== undefined) log.info({ cause }, 'there is one process')
+  const { url } = settings.database
+  if (url !== undefined) await awaitDatabase(url, { log, stopping })
+  if (stopping.aborted) return
   const server = await startServer({ settings, log })
   await asked(stopping)
   await server.stop()
@@ -84,13 +90,17 @@ async function serveAlone(settings: Settings, cause?: string): Promise<void> {
 }
 
 async function serveTogether(settings: Settings, count: number): Promise<void> {
-  const [{ startWorkers }, { createLog }] = await Promise.all([
+  const [{ startWorkers }, { awaitDatabase }, { createLog }] = await Promise.all([
     import('../workers/parent.ts'),
+    import('../db/await-database.ts'),
     import('../telemetry/log.ts'),
   ])
   const stopping = stopSignal()
   const log = createLog({ level: settings.log.level })
   const env = process.env
+  const { url } = settings.database
+  if (url !== undefined) await awaitDatabase(url, { log, stopping })
+  if (stopping.aborted) return
   const starting = startWorkers({ settings, count, machine: machine(env), env, log, stopping })
   // Ctrl-C reaches workers too, and may have been what kept them from it.
   const workers = await starting.catch(error => {

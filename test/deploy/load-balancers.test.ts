@@ -1,15 +1,8 @@
 /** Three instances behind the load balancers that are shipped, started from their files; two of the instances are there. */
-import { mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { credentials } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
-import { runAgent } from '../../src/agent/agent.ts'
-import { type EndedConnection, keepAuthorizations } from '../../src/agent/authorizations.ts'
 import { createKey } from '../../src/agent/csr.ts'
-import type { AgentEvent } from '../../src/agent/events.ts'
-import { loadState } from '../../src/agent/state.ts'
 import { HeartbeatRequest, HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
 import {
@@ -24,6 +17,7 @@ import {
   unary,
 } from '../support/edgemesh.ts'
 import { healthy } from '../support/healthy.ts'
+import { startHolder } from '../support/holder.ts'
 import { balancer, balancers, checkFile, startBalancer } from '../support/load-balancers.ts'
 import { relay } from '../support/relay.ts'
 import { serve } from '../support/serve.ts'
@@ -37,37 +31,6 @@ async function start(t: ExecutionContext) {
   await unary(mesh.admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: '', role: 'admin' })
   await unary(mesh.admin, 'createService', { id: 'payroll', name: '', labels: {}, owner: '', roles: [] })
   return { mesh, second }
-}
-
-/** An agent that reports, and what it holds beside that. */
-async function startHolder(t: ExecutionContext, server: string, token: string) {
-  const folder = await mkdtemp(join(tmpdir(), 'edgemesh-balanced-'))
-  t.teardown(() => rm(folder, { recursive: true }))
-  const stateDirectory = join(folder, 'state')
-  const events: AgentEvent[] = []
-  const ended: EndedConnection[] = []
-  let held: ReturnType<typeof keepAuthorizations> | undefined
-  const stopping = new AbortController()
-  const done = runAgent({
-    server,
-    stateDirectory,
-    token,
-    device: { id: 'alpha' },
-    posture: async () => healthy,
-    log: event => events.push(event),
-    signal: stopping.signal,
-    connected: async target => held?.moveTo(target),
-  })
-  done.catch(() => {})
-  t.teardown(async () => {
-    await held?.close()
-    stopping.abort()
-    await done.catch(() => {})
-  })
-  await eventually('the first report', () => events.some(({ event }) => event === 'reported'))
-  const credentials = await loadState(stateDirectory)
-  held = keepAuthorizations({ server, credentials: credentials!, onEnded: end => void ended.push(end) })
-  return { held, ended }
 }
 
 /** A heartbeat stream on which one report is made and nothing more is said, by a client that pings or does not. */

@@ -80,12 +80,17 @@ export async function startEdgeMesh(
   return { ...(await connect(t, server, `127.0.0.1:${server.apiPort}`)), pool: db.pool, databaseUrl: db.url }
 }
 
-/** What `start` gives, for all tests of a file: started before the first, ended after the last. */
-export function shared<T>(test: TestFn, start: (file: ExecutionContext) => Promise<T>): () => T {
+/**
+ * What `start` gives, for all tests of a file: started before the first, ended after the last.
+ *
+ * @param timeoutMs how long it may take to start, where that is much
+ */
+export function shared<T>(test: TestFn, start: (file: ExecutionContext) => Promise<T>, timeoutMs?: number): () => T {
   const ends: (() => unknown)[] = []
   const file = { teardown: (end: () => unknown) => void ends.push(end) } as unknown as ExecutionContext
   let started: { value: T } | undefined
-  test.before(async () => {
+  test.before(async t => {
+    if (timeoutMs !== undefined) t.timeout(timeoutMs)
     started = { value: await start(file) }
   })
   test.after.always(async () => {
@@ -117,7 +122,6 @@ export async function connect(
   server: RunningServer,
   address: string,
 ): Promise<Omit<EdgeMesh, 'pool' | 'databaseUrl'>> {
-  const anonymous = { rootsPem: server.rootsPem }
   const operatorKey = createKey()
   const issued = await server.issueOperator({
     name: 'tester',
@@ -125,7 +129,17 @@ export async function connect(
     csr: signingRequestFor(operatorKey),
     validityMs: 3_600_000,
   })
-  const operator = { ...anonymous, certificatePem: issued.certificatePem, keyPem: operatorKey }
+  const operator = { rootsPem: server.rootsPem, certificatePem: issued.certificatePem, keyPem: operatorKey }
+  return { server, ...reach(t, address, operator) }
+}
+
+/** What can be done at `address` by who has the credentials of an operator. */
+export function reach(
+  t: ExecutionContext,
+  address: string,
+  operator: Credentials,
+): Omit<EdgeMesh, 'pool' | 'databaseUrl' | 'server'> {
+  const anonymous = { rootsPem: operator.rootsPem }
   const clients = (who: Credentials) => clientsOf(t, address, who)
   const { admin } = clients(operator)
 
@@ -135,7 +149,6 @@ export async function connect(
   }
 
   return {
-    server,
     operator,
     anonymous,
     admin,
@@ -296,8 +309,12 @@ export async function wasClosed({ pool }: Pick<EdgeMesh, 'pool'>, connectionId: 
 }
 
 /** Waits for something that has to come true, and says what was missing when it does not. */
-export async function eventually<T>(what: string, probe: () => Promise<T | undefined | false> | T | undefined | false) {
-  const until = Date.now() + 20_000
+export async function eventually<T>(
+  what: string,
+  probe: () => Promise<T | undefined | false> | T | undefined | false,
+  withinMs = 20_000,
+) {
+  const until = Date.now() + withinMs
   for (;;) {
     const found = await probe()
     if (found) return found

@@ -76,16 +76,22 @@ export async function startAlertmanager(t: ExecutionContext, program: string, in
   return address
 }
 
-/** Looking every two seconds, and waiting eight with every alert. */
+/**
+ * Looking every two seconds, and waiting eight with every alert.
+ *
+ * @param targets as host:port; of instances and of OPA, separated by commas
+ */
 export async function startPrometheus(
   t: ExecutionContext,
   program: string,
-  targets: { edgemesh: string; alertmanager: string },
+  targets: { edgemesh: string; alertmanager: string; opa?: string; opaToken?: string },
 ): Promise<string> {
   const folder = await copyOf(t, 'prometheus')
-  await writeFile(join(folder, 'secrets', 'opa-token'), 'none')
-  for (const name of ['opa', 'postgres', 'node']) await writeFile(join(folder, 'targets', `${name}.yml`), '[]')
-  await writeFile(join(folder, 'targets', 'edgemesh.yml'), `- targets: ['${targets.edgemesh}']`)
+  await writeFile(join(folder, 'secrets', 'opa-token'), targets.opaToken ?? 'none')
+  const { edgemesh, opa = '' } = targets
+  for (const [name, list] of Object.entries({ edgemesh, opa, postgres: '', node: '' })) {
+    await writeFile(join(folder, 'targets', `${name}.yml`), list ? `- targets: [${list}]` : '[]')
+  }
   const address = `127.0.0.1:${await freePort()}`
   const file = join(folder, 'prometheus.yml')
   const quick = (await readFile(file, 'utf8'))

@@ -30,21 +30,28 @@ export type Workload = {
   /** How streams ended that were to stay open. */
   streamsLost: (Refusal | undefined)[]
   /** Resolves once each kind of work has been acknowledged anew. */
-  goesOn(): Promise<void>
+  goesOn(withinMs?: number): Promise<void>
   stop(): Promise<void>
 }
 
 type Work = 'heartbeat' | 'allow' | 'connection' | 'enrollment' | 'change'
 
-const paceMs = 25
 const tokenUsesMax = 10_000
 /** More than a stream holds are not asked for. */
 const connectionsMax = 200
 
+/** Where work is done: an instance, or a balancer before several. */
+export type Workplace = Pick<EdgeMesh, 'admin' | 'anonymous' | 'clients' | 'enroll' | 'token'>
+
 /** @param meshes instances of one database, among which the work is spread */
-export async function work(file: ExecutionContext, ...meshes: [EdgeMesh, ...EdgeMesh[]]) {
+export function work(file: ExecutionContext, ...meshes: [Workplace, ...Workplace[]]) {
+  return workEvery(25, file, ...meshes)
+}
+
+/** @param paceMs how long each of the workers rests after each piece of work */
+export async function workEvery(paceMs: number, file: ExecutionContext, ...meshes: [Workplace, ...Workplace[]]) {
   const [mesh] = meshes
-  const at = (n: number) => meshes[n % meshes.length] as EdgeMesh
+  const at = (n: number) => meshes[n % meshes.length] as Workplace
   await unary(mesh.admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: 'Ada', role: 'admin' })
   await unary(mesh.admin, 'createService', { id: 'payroll', name: '', labels: {}, owner: '', roles: [] })
   const token = await mesh.token({ usesMax: tokenUsesMax })
@@ -151,12 +158,13 @@ export async function work(file: ExecutionContext, ...meshes: [EdgeMesh, ...Edge
     counts,
     refusals,
     streamsLost,
-    async goesOn() {
+    async goesOn(withinMs) {
       const before = counts()
-      await eventually('each kind of work is acknowledged again', () => {
+      const again = () => {
         const now = counts()
         return (['heartbeat', 'allow', 'enrollment', 'change'] as const).every(kind => now[kind] > before[kind] + 1)
-      })
+      }
+      await eventually('each kind of work is acknowledged again', again, withinMs)
     },
     async stop() {
       stopped = true
@@ -189,7 +197,8 @@ export async function work(file: ExecutionContext, ...meshes: [EdgeMesh, ...Edge
 
     const { rows: uses } = await pool.query(
       `select uses, (select count(*)::int from token_redemptions where token_id = enrollment_tokens.id) as redemptions,
-         (select count(*)::int from devices where id <> all('{alpha,beta}')) as devices
+         (select count(*)::int from devices join token_redemptions on device_id = devices.id
+          where token_id = enrollment_tokens.id) as devices
        from enrollment_tokens where uses_max = $1`,
       [tokenUsesMax],
     )

@@ -7,7 +7,7 @@ import { runAgent } from '../../src/agent/agent.ts'
 import { type EndedConnection, keepAuthorizations } from '../../src/agent/authorizations.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { loadState } from '../../src/agent/state.ts'
-import { type EdgeMesh, eventually, startEdgeMesh, startSecondInstance, unary } from '../support/edgemesh.ts'
+import { type EdgeMesh, eventually, startEdgeMesh, startSecondInstance, unary, wasClosed } from '../support/edgemesh.ts'
 import { healthy } from '../support/healthy.ts'
 import { link } from '../support/relay.ts'
 
@@ -50,7 +50,7 @@ async function start(t: ExecutionContext, env: Record<string, string> = {}) {
     stopping.abort()
     await done.catch(() => {})
   })
-  return { mesh, way, posture, ended, told, authorizations }
+  return { mesh, way, posture, ended, told, authorizations, target: { server, credentials } }
 }
 
 async function held(mesh: EdgeMesh) {
@@ -88,6 +88,22 @@ test('while an instance is replaced an agent keeps all that it holds, and loses 
     const text = await (await fetch(`http://127.0.0.1:${second.server.metricsPort}/metrics`)).text()
     return text.includes('edgemesh_revocation_acknowledged_seconds_count 3')
   })
+})
+
+test('what is being asked while an agent moves is moved along, and is taken back when its ground goes', async t => {
+  const { mesh, posture, ended, authorizations, target } = await start(t)
+  const answers = await authorizations.ask([question])
+  for (let round = 0; round < 3; round++) {
+    const inFlight = authorizations.ask([question])
+    await authorizations.moveTo(target)
+    answers.push(...(await inFlight))
+  }
+  t.true(answers.every(({ allowed }) => allowed))
+  t.is(authorizations.held().length, 4)
+  for (const { connectionId } of answers) t.false(await wasClosed(mesh, connectionId))
+  Object.assign(posture, { diskEncrypted: false })
+  await eventually('all have ended', () => ended.length === 4)
+  t.deepEqual(codes(ended), Array(4).fill('DISK_NOT_ENCRYPTED'))
 })
 
 test('connections outlive a network that breaks, and what was taken back meanwhile is told', async t => {
