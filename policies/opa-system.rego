@@ -1,9 +1,9 @@
 # METADATA
 # title: Who may talk to this OPA server?
 # description: |
-#   Only who knows the token, and only to ask what EdgeMesh asks: a decision, which policies are loaded, whether the
-#   server lives; and what Prometheus asks. The token can't be used to change a policy. OPA consults this package when
-#   it is started with
+#   Only who knows the token, and only to ask what EdgeMesh and Prometheus ask: a decision, which policies are loaded,
+#   the metrics. The token can't be used to change a policy. Whether the server lives is told to anyone: probes of
+#   Docker and Kubernetes know no token. OPA consults this package when it is started with
 #
 #     EDGEMESH_OPA_TOKEN=... opa run --server --authentication=token --authorization=basic ...
 #
@@ -15,6 +15,11 @@ default allow := false
 allow if {
 	token_is_right
 	request_is_ours
+}
+
+allow if {
+	input.method == "GET"
+	input.path == ["health"]
 }
 
 # Without a token in the environment nobody is let in.
@@ -31,5 +36,5 @@ request_is_ours if {
 
 request_is_ours if {
 	input.method == "GET"
-	input.path in {["v1", "policies"], ["health"], ["metrics"]}
+	input.path in {["v1", "policies"], ["metrics"]}
 }

@@ -11,8 +11,13 @@ decision_path := ["v1", "data", "edgemesh", "authz", "decision"]
 test_the_token_may_ask if {
 	authz.allow with input as ask("right", "POST", decision_path) with opa.runtime as environment
 	authz.allow with input as ask("right", "GET", ["v1", "policies"]) with opa.runtime as environment
-	authz.allow with input as ask("right", "GET", ["health"]) with opa.runtime as environment
 	authz.allow with input as ask("right", "GET", ["metrics"]) with opa.runtime as environment
+}
+
+test_anyone_may_ask_whether_it_lives if {
+	authz.allow with input as {"method": "GET", "path": ["health"]} with opa.runtime as {"env": {}}
+	not authz.allow with input as {"method": "PUT", "path": ["health"]} with opa.runtime as environment
+	not authz.allow with input as {"method": "GET", "path": ["health", "x"]} with opa.runtime as environment
 }
 
 test_the_token_may_change_nothing if {
@@ -23,8 +28,8 @@ test_the_token_may_change_nothing if {
 
 test_nobody_else_may_ask if {
 	not authz.allow with input as ask("wrong", "POST", decision_path) with opa.runtime as environment
-	not authz.allow with input as ask("wrong", "GET", ["metrics"]) with opa.runtime as environment
 	not authz.allow with input as {"method": "POST", "path": decision_path} with opa.runtime as environment
+	not authz.allow with input as ask("wrong", "GET", ["metrics"]) with opa.runtime as environment
 }
 
 test_without_a_token_in_the_environment_nobody_may if {

@@ -102,6 +102,10 @@ testWithOpa(
     )) {
       t.is(await status('POST', decisions, bearer, '{"input": {}}'), 401, bearer)
     }
+    // Prometheus knows the token, and probes know none.
+    t.is(await status('GET', '/metrics'), 200)
+    t.is(await status('GET', '/metrics', ''), 401)
+    t.is(await status('GET', '/health', ''), 200)
     const forbidden: [string, string, string?][] = [
       ['PUT', '/v1/policies/mine', 'package edgemesh.authz'],
       ['DELETE', '/v1/policies/authz.rego'],
@@ -117,7 +121,7 @@ testWithOpa(
       ['GET', '/v1/query?q=x=opa.runtime()'],
       ['POST', '/v1/compile', '{"query": "true"}'],
       ['GET', '/v1/config'],
-      ['GET', '/metrics'],
+      ['POST', '/metrics'],
     ]
     for (const [method, path, body] of forbidden)
       t.is(await status(method, path, token, body), 401, `${method} ${path}`)
