@@ -288,6 +288,7 @@ async function compose(
       settle: settleIn(db.pool, 'RATE_LIMIT_CONNECTIONS', settings.rateLimits.connections),
     }),
     onDecisions: metrics.decisions,
+    onDenied: metrics.denied,
     onUndecided: metrics.undecided,
     onConnection: metrics.connection,
   }

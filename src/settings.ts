@@ -122,6 +122,7 @@ function wholeNumber(min: number, max: number) {
       error: `must be a whole number from ${min} to ${max}`,
     })
     .transform(Number)
+    .describe(`whole number, ${min} to ${max}`)
 }
 
 /** More than nothing, fractions allowed. */
@@ -131,6 +132,7 @@ function decimal(max: number) {
       error: `must be a number above 0 and at most ${max}, such as 5 or 0.5`,
     })
     .transform(Number)
+    .describe(`number above 0, at most ${max}`)
 }
 
 function decimalOrZero(max: number) {
@@ -139,13 +141,20 @@ function decimalOrZero(max: number) {
       error: `must be a number from 0 to ${max}, such as 7 or 0.5`,
     })
     .transform(Number)
+    .describe(`number, 0 to ${max}`)
+}
+
+function oneOf<const Words extends readonly [string, ...string[]]>(words: Words) {
+  const list = `${words.slice(0, -1).join(', ')} or ${words.at(-1)}`
+  return text.pipe(z.enum(words, { error: `must be ${list}` })).describe(list)
 }
 
 /** Whether there is a block of that kind at all. What it says is checked by who opens it. */
 function pem(label: string) {
-  return z.string().refine(value => new RegExp(`-----BEGIN ${label}-----`).test(value), {
+  const block = z.string().refine(value => new RegExp(`-----BEGIN ${label}-----`).test(value), {
     error: 'must be PEM: -----BEGIN …-----',
   })
+  return block.describe('PEM')
 }
 
 /** 0 lets the system choose a free port. */
@@ -291,6 +300,25 @@ const corsOrigins = text.transform((given, context): string[] => {
   }
 })
 
+/** What they take, in a few words. What is in neither this list nor described by its maker is text. */
+const DESCRIPTIONS: readonly (readonly [z.ZodType, string])[] = [
+  [port, 'port'],
+  [rateLimit, 'count/window; second, minute, hour or day'],
+  [httpUrl, 'URL, http:// or https://'],
+  [keysUrl, 'URL, https://'],
+  [keySet, 'JSON Web Key Set'],
+  [secret, 'text, 32 characters or more'],
+  [databaseUrl, 'URL, postgresql://'],
+  [databaseUrls, 'URLs, postgresql://'],
+  [logLevel, 'level'],
+  [serverNames, 'DNS names and IP addresses'],
+  [networks, 'networks'],
+  [trustDomain, 'SPIFFE trust domain'],
+  [instanceId, 'letters, digits, dots, dashes, underscores; 63 at most'],
+  [corsOrigins, 'JSON list'],
+]
+for (const [check, description] of DESCRIPTIONS) z.globalRegistry.add(check, { description })
+
 function refuse(context: z.RefinementCtx, problem: string): never {
   context.addIssue({ code: 'custom', message: problem })
   return z.NEVER
@@ -372,11 +400,9 @@ const VARIABLES = {
       'what is put there takes effect within a second',
     hint: 'make one with: edgemesh policy build FOLDER-OF-REGO --out FOLDER',
   }),
-  POLICY_ON_ERROR: defaulted(
-    text.pipe(z.enum(['deny', 'last-known'], { error: 'must be deny or last-known' })),
-    'deny',
-    { meaning: 'what to answer while policy cannot be evaluated: deny, or the last known decision' },
-  ),
+  POLICY_ON_ERROR: defaulted(oneOf(['deny', 'last-known']), 'deny', {
+    meaning: 'what to answer while policy cannot be evaluated: deny, or the last known decision',
+  }),
   ENROLLMENT_TOKEN_SECRET: required(secret, {
     secret: true,
     meaning: 'the key under which enrollment tokens are kept; at least 32 characters, the same for all instances',
@@ -402,11 +428,9 @@ const VARIABLES = {
     unit: 'days',
     meaning: 'how long after its certificate has expired a device may come back with its key; 0: never',
   }),
-  CERT_RECOVERY: defaulted(
-    text.pipe(z.enum(['quarantine', 'approval'], { error: 'must be quarantine or approval' })),
-    'quarantine',
-    { meaning: 'what becomes of a device that came back: quarantined until released, or kept out until approved' },
-  ),
+  CERT_RECOVERY: defaulted(oneOf(['quarantine', 'approval']), 'quarantine', {
+    meaning: 'what becomes of a device that came back: quarantined until released, or kept out until approved',
+  }),
   CERT_VALIDITY_DAYS: defaulted(wholeNumber(1, 825), '90', {
     unit: 'days',
     meaning: 'validity of device certificates',
@@ -428,15 +452,11 @@ const VARIABLES = {
       'where others reach /crl of METRICS_PORT; certificates carry CRL_URL/<key id of their issuer>.crl ' +
       'as distribution point',
   }),
-  USER_ASSERTION: defaulted(
-    text.pipe(z.enum(['off', 'optional', 'required'], { error: 'must be off, optional or required' })),
-    'off',
-    {
-      meaning:
-        'whether users are known by a signed assertion (JWT) of their issuer rather than by the word of the device or ' +
-        'service that asks; with optional, only where there is one',
-    },
-  ),
+  USER_ASSERTION: defaulted(oneOf(['off', 'optional', 'required']), 'off', {
+    meaning:
+      'whether users are known by a signed assertion (JWT) of their issuer rather than by the word of the device or ' +
+      'service that asks; with optional, only where there is one',
+  }),
   USER_ASSERTION_ISSUER: optional(text, 'none', { meaning: 'the iss that assertions have to have' }),
   USER_ASSERTION_AUDIENCE: optional(text, 'none', { meaning: 'the aud that assertions have to have: this EdgeMesh' }),
   USER_ASSERTION_JWKS_URL: optional(keysUrl, 'none', {
@@ -446,7 +466,7 @@ const VARIABLES = {
     secret: true,
     meaning: 'the keys themselves, instead of their URL; usually given as USER_ASSERTION_JWKS_FILE, read at start',
   }),
-  USER_ASSERTION_CLAIM: defaulted(text.pipe(z.enum(['sub', 'email'], { error: 'must be sub or email' })), 'sub', {
+  USER_ASSERTION_CLAIM: defaulted(oneOf(['sub', 'email']), 'sub', {
     meaning: 'the claim that names the user, by id or e-mail address as EdgeMesh knows them',
   }),
   RATE_LIMIT_ENROLLMENTS: defaulted(rateLimit, '5/minute', {
@@ -512,9 +532,13 @@ export type SettingReference = {
   name: string
   /** As it would be written in a file, or words where the default is found at start; undefined when required. */
   default: string | undefined
+  /** Whether the default is words. */
+  isWords: boolean
   required: boolean
   secret: boolean
   unit: string | undefined
+  /** What it takes, in a few words. */
+  type: string
   meaning: string
 }
 
@@ -523,9 +547,11 @@ export const SETTINGS_REFERENCE: readonly SettingReference[] = Object.entries<Va
   ([name, variable]) => ({
     name,
     default: variable.default,
+    isWords: variable.defaultInWords ?? false,
     required: variable.required ?? false,
     secret: variable.secret ?? false,
     unit: variable.unit,
+    type: variable.check.description ?? 'text',
     meaning: variable.meaning,
   }),
 )

@@ -212,7 +212,13 @@ test('anything else is no rate limit', t => {
 test('the reference names each variable once, with its meaning', t => {
   t.is(new Set(SETTINGS_REFERENCE.map(({ name }) => name)).size, SETTINGS_REFERENCE.length)
   t.true(SETTINGS_REFERENCE.every(({ meaning }) => meaning !== ''))
-  t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'OPA_TIMEOUT')!, { default: '5', unit: 'seconds' })
+  t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'OPA_TIMEOUT')!, {
+    default: '5',
+    unit: 'seconds',
+    type: 'number above 0, at most 60',
+  })
+  t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'POLICY_ON_ERROR')!, { type: 'deny or last-known' })
+  t.like(SETTINGS_REFERENCE.find(({ name }) => name === 'DATABASE_URL')!, { isWords: true, secret: true })
 })
 
 test('a folder of the policy is made absolute, and is of no use beside OPA', t => {

@@ -47,6 +47,8 @@ export type AuthorizeDeps = {
   assertions: UserAssertions | undefined
   /** Those of one message, and how long they took. */
   onDecisions: (allowed: number, denied: number, seconds: number) => void
+  /** One question has been denied, for these reasons. */
+  onDenied: (reasons: readonly Pick<PolicyReason, 'code'>[]) => void
   onConnection: (service: string, status: 'allowed' | 'denied' | 'resumed') => void
   /** Those of one message that can't be decided now. */
   onUndecided: (questions: number, reason: string) => void
@@ -102,6 +104,7 @@ export function createCheck(deps: AuthorizeDeps) {
         await deps.journal.append([refusalEntry(call, [question], error)])
         call.audit.written = true
         deps.onDecisions(0, 1, (performance.now() - startedAt) / 1_000)
+        deps.onDenied([error.why])
         return { answer: denial(request.question.id, error.why), serverTime: new Date(deps.clock()) }
       }
     }
@@ -113,6 +116,7 @@ export function createCheck(deps: AuthorizeDeps) {
     decision.committed()
     call.audit.written = true
     deps.onDecisions(verdict.allow ? 1 : 0, verdict.allow ? 0 : 1, (performance.now() - startedAt) / 1_000)
+    if (!verdict.allow) deps.onDenied(verdict.reasons)
     const answer = answerOf(request.question.id, verdict, `${decisionId}.0`, '')
     return { answer, serverTime: new Date(deps.clock()) }
   }
@@ -166,6 +170,7 @@ export function createAuthorize(deps: ContinuousDeps) {
           if (!(error instanceof UserAssertionRefused)) throw error
           await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, asked, error)])
           deps.onDecisions(0, asked.length, (performance.now() - startedAt) / 1_000)
+          for (const _ of asked) deps.onDenied([error.why])
           return questions.map(({ id }) => denial(id, error.why))
         }
       }
@@ -205,6 +210,7 @@ export function createAuthorize(deps: ContinuousDeps) {
         const decisionId = `${id}.${at}`
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
+        else deps.onDenied(verdict.reasons)
         deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
         const revocation = lease && revocations.size > 0 ? revocations.get(lease.id) : undefined
         if (revocation) {

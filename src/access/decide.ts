@@ -11,6 +11,7 @@ import { LRUCache } from 'lru-cache'
 import { canonicalJson } from '../audit/seals.ts'
 import type { Clock } from '../clock.ts'
 import { Fault } from '../fault.ts'
+import { spanned } from '../telemetry/tracing.ts'
 import type { Facts, Ground } from './facts.ts'
 import type { AuthzInput, PolicyDecision, PolicyEngine, PolicyReason, Weekday } from './policy-engine.ts'
 
@@ -77,7 +78,7 @@ export function createDecider(options: {
 
   async function evaluate(asked: string, question: AccessQuestion, ground: Ground, now: number): Promise<Verdict> {
     const input = inputOf(question, ground, facts.maxAgeMs, now)
-    const decision = await engine.evaluate('authz', input)
+    const decision = await spanned('policy authz', {}, () => engine.evaluate('authz', input))
     const { allow, reasons, revision: policyRevision } = decision
     // Whole seconds of the policy are cut to the exact moment at which the health turns stale.
     const staleAtMs = allow ? (ground.device.value?.measuredAtMs ?? 0) + facts.maxAgeMs : Number.POSITIVE_INFINITY
@@ -123,8 +124,8 @@ export function createDecider(options: {
     decide(question) {
       const now = clock()
       const ground = facts.ground(question, now)
-      if (ground instanceof Promise) return ground.then(known => decideOn(question, known, clock()))
-      return decideOn(question, ground, now)
+      if (!(ground instanceof Promise)) return decideOn(question, ground, now)
+      return spanned('facts', {}, () => ground).then(known => decideOn(question, known, clock()))
     },
     stats: () => ({ entries: verdicts.size, hits, misses, invalidations }),
   }

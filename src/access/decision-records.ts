@@ -1,9 +1,11 @@
 /** Decisions on record: one row a message, however many questions it carried. A decision's id is the row's and its place. */
 import { randomUUIDv7 } from 'node:crypto'
+import type { Attributes } from '@opentelemetry/api'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
+import { describeSpan } from '../telemetry/tracing.ts'
 import { type AccessQuestion, keepsOnRecord, recordText, type Verdict } from './decide.ts'
 import type { Lease } from './leases.ts'
 
@@ -66,6 +68,7 @@ export function decisionEntry(
   const { method, address, instanceId } = call
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
   const by = { caller: callerName(call.caller), method, address, instanceId }
+  describeSpan(() => spanFacts(id, deviceId, decided))
   return decisionRow(id, by, deviceId, decided, nowMs, latencyUs)
 }
 
@@ -97,6 +100,19 @@ function decisionRow(
         if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
       })
     },
+  }
+}
+
+/** What the span of a message says of its decisions: by the id all else is found. */
+function spanFacts(id: string, deviceId: string, decided: Decided[]): Attributes {
+  const allowed = decided.filter(({ verdict }) => verdict.allow).length
+  return {
+    'edgemesh.decision': id,
+    'edgemesh.device': deviceId,
+    'edgemesh.allowed': allowed,
+    'edgemesh.denied': decided.length - allowed,
+    'edgemesh.reasons': [...new Set(decided.flatMap(({ verdict }) => verdict.reasons.map(({ code }) => code)))],
+    'edgemesh.policy.revision': decided[0]?.verdict.policyRevision ?? '',
   }
 }
 

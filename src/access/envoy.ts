@@ -33,7 +33,7 @@ import { UserAssertionRefused } from './user-assertion.ts'
 
 export type EnvoyDeps = Pick<
   AuthorizeDeps,
-  'decider' | 'journal' | 'clock' | 'limit' | 'assertions' | 'onDecisions'
+  'decider' | 'journal' | 'clock' | 'limit' | 'assertions' | 'onDecisions' | 'onDenied'
 > & {
   standing: Pick<Standing, 'demandSeen'>
   trustDomain: string
@@ -70,9 +70,11 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
     const startedAt = performance.now()
     const asked = askedBy(request)
-    const counted = (decision: 'allow' | 'deny') => {
-      const [allowed, denied] = decision === 'allow' ? [1, 0] : [0, 1]
+    /** @param denials the reasons against it; none when it is allowed */
+    const counted = (denials: readonly Pick<PolicyReason, 'code'>[] | undefined) => {
+      const [allowed, denied] = denials ? [0, 1] : [1, 0]
       deps.onDecisions(allowed as number, denied as number, (performance.now() - startedAt) / 1_000)
+      if (denials) deps.onDenied(denials)
     }
     try {
       const seen = deviceSeen(asked, call, deps.trustDomain)
@@ -89,7 +91,7 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       await deps.journal.append([decision.entry])
       decision.committed()
       call.audit.written = true
-      counted(verdict.allow ? 'allow' : 'deny')
+      counted(verdict.allow ? undefined : verdict.reasons)
       const told = { decisionId: `${decisionId}.0`, policyRevision: verdict.policyRevision }
       return verdict.allow
         ? passOn(asked, seen.deviceId, user, told)
@@ -98,7 +100,7 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       if (!(error instanceof Fault) || !broughtAbout.has(error.code)) throw error
       await deps.journal.append([callEntry(call, { code: error.code, reason: error.reason })])
       call.audit.written = true
-      counted('deny')
+      counted([{ code: error.reason }])
       return refuse(error)
     }
   }

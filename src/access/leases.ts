@@ -22,6 +22,7 @@ import type { Clock } from '../clock.ts'
 import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
+import { spannedApart } from '../telemetry/tracing.ts'
 import type { ConnectionPlace } from './connection-id.ts'
 import { type ConnectionMap, createConnectionMap } from './connection-map.ts'
 import { connectionEntry, departedConnections, recordedAfterMs } from './connection-records.ts'
@@ -237,7 +238,8 @@ export function createLeases(options: LeasesOptions): Leases {
       if (underWay >= underWayMax) return
       due.delete(lease)
       underWay++
-      decideAnew(lease, sinceMs).finally(() => {
+      const about = { 'edgemesh.connection': lease.id, 'edgemesh.device': lease.question.deviceId }
+      spannedApart('connection decided anew', about, () => decideAnew(lease, sinceMs)).finally(() => {
         underWay--
         work()
       })

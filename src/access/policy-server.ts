@@ -19,6 +19,7 @@
  */
 import { createHash } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { SpanKind } from '@opentelemetry/api'
 import {
   BrokenCircuitError,
   bulkhead,
@@ -33,6 +34,7 @@ import { type Dispatcher, Pool } from 'undici'
 import { z } from 'zod'
 import { type Clock, systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
+import { passOnTrace, spanned } from '../telemetry/tracing.ts'
 import { UnusablePolicy } from './policy-bundle.ts'
 import {
   type PolicyDecision,
@@ -111,6 +113,7 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
     const headers: Record<string, string> = { accept: 'application/json' }
     if (question !== undefined) headers['content-type'] = 'application/json'
     if (bearerToken !== undefined) headers.authorization = `Bearer ${bearerToken}`
+    passOnTrace(headers)
     const body = question === undefined ? null : JSON.stringify(question)
     return pool
       .request({ method, path: base.pathname + path, headers, body, signal })
@@ -121,7 +124,12 @@ export async function startOpaPolicy(options: OpaPolicyOptions): Promise<PolicyE
   function ask(what: keyof typeof pathOf, input: unknown): Promise<Answer> {
     const deadline = AbortSignal.timeout(timeoutMs)
     return guarded.execute(async () => {
-      const answer = await request('POST', pathOf[what], decisionBytesMax, deadline, { input })
+      const answer = await spanned(
+        'ask OPA',
+        { 'server.address': base.hostname, 'url.path': base.pathname + pathOf[what] },
+        () => request('POST', pathOf[what], decisionBytesMax, deadline, { input }),
+        SpanKind.CLIENT,
+      )
       // Not 500: that is one question over which the policy stumbles.
       if ([429, 502, 503, 504].includes(answer.status)) throw new Error(`OPA answered ${answer.status}`)
       return answer

@@ -21,7 +21,7 @@ import { UserAssertionRefused } from './user-assertion.ts'
 
 export type ResumeDeps = Pick<
   AuthorizeDeps,
-  'facts' | 'decider' | 'assertions' | 'instanceId' | 'clock' | 'limit' | 'onDecisions' | 'onConnection'
+  'facts' | 'decider' | 'assertions' | 'instanceId' | 'clock' | 'limit' | 'onDecisions' | 'onDenied' | 'onConnection'
 > & {
   leases: Leases
   journal: Journal
@@ -100,6 +100,7 @@ export function createResume(deps: ResumeDeps): Resume {
     deps.onDecisions(count, decided.length - count, (performance.now() - startedAt) / 1_000)
     for (const { question, lease, verdict } of decided) {
       deps.onConnection(question.service, verdict.allow ? 'resumed' : 'denied')
+      if (!verdict.allow) deps.onDenied(verdict.reasons)
       answers.set(lease.id, answerFor(lease, verdict, revocations.get(lease.id)))
       if (lease.state === 'active') stream.hold(lease)
     }

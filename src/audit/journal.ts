@@ -16,6 +16,7 @@ import { isDatabaseOutage, untilCommitted } from '../db/failure.ts'
 import type { EntityManager } from '../db/orm.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
+import { apart, database, spanned } from '../telemetry/tracing.ts'
 import { AuditEvent } from './entities.ts'
 import { insertStatement, type JournalTable, rowText } from './journal-table.ts'
 import {
@@ -107,7 +108,7 @@ export function startJournal(options: {
   function enqueue(append: Append): void {
     queue.push(append)
     queuedCharacters += append.characters
-    flushing ??= flush()
+    flushing ??= apart(flush)
   }
 
   async function flush(): Promise<void> {
@@ -266,7 +267,9 @@ export function startJournal(options: {
         return Promise.reject(full)
       }
       const characters = charactersOf(entries)
-      return new Promise((resolve, reject) => enqueue({ entries, characters, resolve, reject, persistent: false }))
+      return spanned('audit commit', database, () => {
+        return new Promise((resolve, reject) => enqueue({ entries, characters, resolve, reject, persistent: false }))
+      })
     },
     appendLater(entries) {
       if (queue.length >= persistentAppendsMax) {

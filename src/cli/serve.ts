@@ -24,7 +24,8 @@ A database that is away at the start is waited for, for a minute.
 Workers share what one process would have: DATABASE_POOL_SIZE, the memory. One
 that dies is replaced. See docs/workers.md.
 
-Calls are traced over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set.
+Calls are traced over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set: see
+docs/tracing.md.
 
 Examples:
   DATABASE_URL=postgresql://edgemesh:PASSWORD@db:5432/edgemesh?ssl=require \\
@@ -70,15 +71,15 @@ function demandDatabase({ database }: Settings): void {
 /** @param cause why it is one process, where that had to be found out */
 async function serveAlone(settings: Settings, cause?: string): Promise<void> {
   // Wrong settings are told without waiting for the server's code to load.
-  const [{ startServer }, { awaitDatabase }, { createLog }, { startTracing }] = await Promise.all([
+  const [{ startServer, version }, { awaitDatabase }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../db/await-database.ts'),
     import('../telemetry/log.ts'),
     import('../telemetry/tracing.ts'),
   ])
-  const tracing = await startTracing(process.env)
-  const stopping = stopSignal()
   const log = createLog({ level: settings.log.level })
+  const tracing = await startTracing(process.env, { instanceId: settings.instanceId, version, log })
+  const stopping = stopSignal()
   if (cause !== undefined) log.info({ cause }, 'there is one process')
   const { url } = settings.database
   if (url !== undefined) await awaitDatabase(url, { log, stopping })
@@ -90,11 +91,14 @@ async function serveAlone(settings: Settings, cause?: string): Promise<void> {
 }
 
 async function serveTogether(settings: Settings, count: number): Promise<void> {
-  const [{ startWorkers }, { awaitDatabase }, { createLog }] = await Promise.all([
+  const [{ startWorkers }, { awaitDatabase }, { createLog }, { isTracingWanted }] = await Promise.all([
     import('../workers/parent.ts'),
     import('../db/await-database.ts'),
     import('../telemetry/log.ts'),
+    import('../telemetry/tracing.ts'),
   ])
+  // Each worker traces by itself. What is wrong is told once, before there are any.
+  isTracingWanted(process.env)
   const stopping = stopSignal()
   const log = createLog({ level: settings.log.level })
   const env = process.env

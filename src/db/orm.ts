@@ -9,6 +9,7 @@ import { Migrator } from '@mikro-orm/migrations'
 import type { EntityManager } from '@mikro-orm/postgresql'
 import { type EntitySchema, LockMode, MikroORM, type PostgreSqlConnection } from '@mikro-orm/postgresql'
 import type pg from 'pg'
+import { database, spanned } from '../telemetry/tracing.ts'
 import { databaseFailure, untilCommitted } from './failure.ts'
 import { FirstSchema } from './migrations/0001-first.ts'
 import { IdentityLife } from './migrations/0002-identity-life.ts'
@@ -137,7 +138,10 @@ export async function openDatabase(options: {
 
   return {
     em: () => orm.em.fork() as EntityManager,
-    transaction: work => untilCommitted(() => orm.em.fork().transactional(em => work(em as EntityManager))),
+    transaction: work =>
+      spanned('database transaction', database, () =>
+        untilCommitted(() => orm.em.fork().transactional(em => work(em as EntityManager))),
+      ),
     pool,
     servers,
     async migrate() {

@@ -1,5 +1,6 @@
 /** A transaction of plain statements, for paths on which an entity manager costs more than what it manages. */
 import type pg from 'pg'
+import { database, spanned } from '../telemetry/tracing.ts'
 import { untilCommitted } from './failure.ts'
 
 /**
@@ -7,7 +8,7 @@ import { untilCommitted } from './failure.ts'
  * sake of another transaction, `work` is run again, a few times.
  */
 export function inTransaction<T>(pool: pg.Pool, work: (client: pg.ClientBase) => Promise<T>): Promise<T> {
-  return untilCommitted(() => onceInTransaction(pool, work))
+  return spanned('database transaction', database, () => untilCommitted(() => onceInTransaction(pool, work)))
 }
 
 async function onceInTransaction<T>(pool: pg.Pool, work: (client: pg.ClientBase) => Promise<T>): Promise<T> {

@@ -10,6 +10,7 @@ import { announcements, announcing } from '../db/change-feed.ts'
 import { isDatabaseOutage, untilCommitted } from '../db/failure.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
+import { apart, database, spanned } from '../telemetry/tracing.ts'
 import type { PostureValues } from './posture.ts'
 
 export type Report = {
@@ -90,8 +91,8 @@ export function startReportWriter(options: {
 
   function flushSoon(): void {
     if (flushing) return
-    if (queue.length >= batchReportsMax) flushNow()
-    else timer ??= setTimeout(flushNow, flushDelayMs)
+    if (queue.length >= batchReportsMax) apart(flushNow)
+    else timer ??= apart(() => setTimeout(flushNow, flushDelayMs))
   }
 
   function flushNow(): void {
@@ -155,9 +156,11 @@ export function startReportWriter(options: {
         const message = 'health reports can not be written fast enough; try again'
         return Promise.reject(new Fault('UNAVAILABLE', 'REPORTS_BEHIND', message, { retryAfterMs: retryMs }))
       }
-      return new Promise((resolve, reject) => {
-        queue.push({ report, resolve, reject })
-        flushSoon()
+      return spanned('report commit', database, () => {
+        return new Promise<void>((resolve, reject) => {
+          queue.push({ report, resolve, reject })
+          flushSoon()
+        })
       })
     },
     async drained() {

@@ -22,14 +22,14 @@ import type {
   ServiceDefinition,
   UntypedHandleCall,
 } from '@grpc/grpc-js'
-import { type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api'
 import { callEntry, type Journal } from '../audit/journal.ts'
 import type { Refusals } from '../audit/refusals.ts'
-import type { Call, CallAudit, Identified, OwnEvents } from '../caller.ts'
+import { type Call, type CallAudit, callerName, type Identified, type OwnEvents } from '../caller.ts'
 import { type Clock, clockOffsetMs } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import type { MessageStream } from '../message-stream.ts'
 import type { Log } from '../telemetry/log.ts'
+import { type CallTrace, traceCall } from '../telemetry/tracing.ts'
 import { callerOf, demandIdentity, demandRenewable, type Peer } from './peer.ts'
 import { serverTimeFrom } from './server-time.ts'
 import { faultOf, type InternalError, namingClock, statusOf } from './status.ts'
@@ -94,12 +94,17 @@ const messagesUnreadMax = 1_024
 /** What stands in for a message that is not what its method takes. */
 const malformed = Symbol('malformed message')
 
-type OpenCall = { call: ServedCall; span: Span | undefined; finish: (fault: Fault) => void }
+const wentWell = { code: 'OK', reason: '' }
+const streamLost = { code: 'CANCELLED', reason: 'STREAM_LOST' }
 
-const tracer = trace.getTracer('edgemesh')
+type Begun = { peer: Peer; call: Call; opened: OpenCall }
 
-function startSpan(method: string): Span {
-  return tracer.startSpan(method.slice(1), { kind: SpanKind.SERVER, attributes: { 'rpc.system': 'grpc' } })
+type OpenCall = {
+  call: ServedCall
+  trace: CallTrace | undefined
+  finish: (fault: Fault) => void
+  /** How it ends, unless something comes between. */
+  outcome: { code: string; reason: string }
 }
 
 type AnyCall =
@@ -111,7 +116,6 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   const { server, journal, refusals, clock, log, instanceId } = options
   const open = new Set<OpenCall>()
   const serverTime = serverTimeFrom(clock)
-  const isTraced = startSpan('/trial').isRecording()
 
   /** Steps 1 to 3. @returns nothing to wait for, mostly: whoever called a moment ago is known to stand */
   function admit(peer: Peer, call: Call, access: Access): void | Promise<void> {
@@ -131,7 +135,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
     if (access === 'operator') return options.demandPermission(caller, call.method)
   }
 
-  function begin(grpcCall: AnyCall, method: string): { peer: Peer; call: Call; opened: OpenCall } {
+  function begin(grpcCall: AnyCall, method: string, isTraced = true): Begun {
     const peer = options.peerAt(grpcCall.getPeer()) ?? gonePeer
     const startedAt = clock()
     const call = new ServedCall(grpcCall, journal.ownEvents, {
@@ -142,14 +146,23 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       instanceId,
       clockOffsetMs: clockOffsetMs(sentAtOf(grpcCall), startedAt),
     })
-    const opened: OpenCall = { call, span: isTraced ? startSpan(method) : undefined, finish: () => {} }
+    // Anybody may call without a certificate. What is sampled is not for them to say.
+    const carrier = call.caller.kind === 'anonymous' ? undefined : grpcCall.metadata
+    const trace = isTraced ? traceCall(method, carrier) : undefined
+    const opened: OpenCall = { call, trace, finish: () => {}, outcome: wentWell }
     open.add(opened)
     return { peer, call, opened }
   }
 
   function close(opened: OpenCall): void {
     open.delete(opened)
-    opened.span?.end()
+    const { call, trace, outcome } = opened
+    trace?.end(outcome, factsOf(call))
+    if (log.isLevelEnabled('debug')) {
+      const { method, address, caller, audit, startedAt } = call
+      const about = { method, ...outcome, caller: callerName(caller), address, target: audit.target }
+      log.debug({ ...about, ms: clock() - startedAt }, 'a call has ended')
+    }
   }
 
   /** Step 5 for a call that goes well, once. */
@@ -160,7 +173,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   }
 
   /** Steps 5 and 6 for one that did not: even a refusal is not answered before it is on record. */
-  async function auditFailure({ call, span }: OpenCall, error: unknown): Promise<Fault | InternalError> {
+  async function auditFailure(opened: OpenCall, error: unknown): Promise<Fault | InternalError> {
+    const { call } = opened
     let fault = namingClock(faultOf(error, log), call.clockOffsetMs)
     try {
       // What could not be written a moment ago needn't hold up the refusal a second time.
@@ -172,7 +186,7 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       fault = faultOf(auditError, log)
     }
     options.onCall(call.method, fault.code)
-    span?.setStatus({ code: SpanStatusCode.ERROR, message: fault.reason })
+    opened.outcome = { code: fault.code, reason: fault.reason }
     return fault
   }
 
@@ -182,8 +196,8 @@ export function createDispatch(options: DispatchOptions): Dispatch {
   }
 
   function unary(method: string, { access, handle }: Extract<MethodHandler, { kind: 'unary' }>) {
-    const serve: handleUnaryCall<unknown, unknown> = async (grpcCall, callback) => {
-      const { peer, call, opened } = begin(grpcCall, method)
+    type Given = Parameters<handleUnaryCall<unknown, unknown>>
+    const serve = async ({ peer, call, opened }: Begun, grpcCall: Given[0], callback: Given[1]) => {
       try {
         const admission = admit(peer, call, access)
         if (admission) await admission
@@ -198,14 +212,11 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         close(opened)
       }
     }
-    return serve
+    return (...[grpcCall, callback]: Given) => inTrace(begin(grpcCall, method), serve, grpcCall, callback)
   }
 
   function serverStream(method: string, { access, handle }: Extract<MethodHandler, { kind: 'serverStream' }>) {
-    const serve: handleServerStreamingCall<unknown, unknown> = async (
-      grpcCall: ServerWritableStream<unknown, unknown>,
-    ) => {
-      const { peer, call, opened } = begin(grpcCall, method)
+    const serve = async ({ peer, call, opened }: Begun, grpcCall: ServerWritableStream<unknown, unknown>) => {
       try {
         await admit(peer, call, access)
         for await (const response of handle(wellFormed(grpcCall.request), call)) {
@@ -217,8 +228,9 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         grpcCall.end(serverTime())
       } catch (error) {
         if (grpcCall.cancelled && call.audit.written) {
-          journal.appendLater([callEntry(atItsEnd(call), { code: 'CANCELLED', reason: 'STREAM_LOST' })])
+          journal.appendLater([callEntry(atItsEnd(call), streamLost)])
           options.onCall(method, 'CANCELLED')
+          opened.outcome = streamLost
         } else {
           const failure = await auditFailure(opened, error)
           grpcCall.emit('error', statusOf(failure, serverTime()))
@@ -227,13 +239,14 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         close(opened)
       }
     }
-    return serve
+    const lead: handleServerStreamingCall<unknown, unknown> = grpcCall =>
+      inTrace(begin(grpcCall, method), serve, grpcCall)
+    return lead
   }
 
   function bidi(method: string, { access, handle }: Extract<MethodHandler, { kind: 'bidi' }>) {
-    const serve: handleBidiStreamingCall<unknown, unknown> = async grpcCall => {
-      const { peer, call, opened } = begin(grpcCall, method)
-      const messages = messageStream(grpcCall, call)
+    const serve = async ({ peer, call, opened }: Begun, grpcCall: ServerDuplexStream<unknown, unknown>) => {
+      const messages = messageStream(grpcCall, call, opened.trace)
       opened.finish = messages.finish
       try {
         await admit(peer, call, access)
@@ -247,10 +260,9 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         grpcCall.end(serverTime())
       } catch (error) {
         if (grpcCall.cancelled) {
-          journal.appendLater([
-            callEntry({ ...call, startedAt: clock() }, { code: 'CANCELLED', reason: 'STREAM_LOST' }),
-          ])
+          journal.appendLater([callEntry({ ...call, startedAt: clock() }, streamLost)])
           options.onCall(method, 'CANCELLED')
+          opened.outcome = streamLost
         } else {
           const failure = await auditFailure(opened, error)
           grpcCall.emit('error', statusOf(failure, serverTime()))
@@ -259,14 +271,17 @@ export function createDispatch(options: DispatchOptions): Dispatch {
         close(opened)
       }
     }
-    return serve
+    const lead: handleBidiStreamingCall<unknown, unknown> = grpcCall =>
+      inTrace(begin(grpcCall, method), serve, grpcCall)
+    return lead
   }
 
   function foreign(method: string, { access, handle }: Extract<MethodHandler, { kind: 'foreign' }>): UntypedHandleCall {
     // biome-ignore lint/suspicious/noExplicitAny: the four shapes of a gRPC handler have no type in common
     return (grpcCall: any, callback: any) => {
-      const { peer, call, opened } = begin(grpcCall, method)
-      close(opened)
+      // Probes and reflection tell nothing of how calls fare.
+      const { peer, call, opened } = begin(grpcCall, method, false)
+      open.delete(opened)
       Promise.try(admit, peer, call, access)
         .then(() => {
           wellFormed(grpcCall.request)
@@ -320,6 +335,22 @@ export function createDispatch(options: DispatchOptions): Dispatch {
       return counts
     },
   }
+}
+
+/** Runs what serves a call in the context of its trace, where it has one. */
+function inTrace<Given extends unknown[]>(
+  begun: Begun,
+  serve: (begun: Begun, ...given: Given) => Promise<void>,
+  ...given: Given
+): void {
+  const { trace } = begun.opened
+  if (trace) void trace.run(serve, begun, ...given)
+  else void serve(begun, ...given)
+}
+
+/** What a call's span says of it beside the outcome. */
+function factsOf({ caller, address, audit }: Call): Record<string, string> {
+  return { 'client.address': address, 'edgemesh.caller': callerName(caller), 'edgemesh.target': audit.target }
 }
 
 /** A call as its handler sees it. What most calls are over without is made when somebody asks for it. */
@@ -450,6 +481,7 @@ function notImplemented(method: MethodDefinition<unknown, unknown>, access: Acce
 function messageStream(
   grpcCall: ServerDuplexStream<unknown, unknown>,
   call: Call,
+  trace: CallTrace | undefined,
 ): MessageStream<unknown, unknown> & { finish: (fault: Fault) => void } {
   /** By what the stream ends when nothing is under way any more; no more is read. */
   let finishing: Fault | undefined
@@ -511,7 +543,7 @@ function messageStream(
           underWay++
           if (busy()) grpcCall.pause()
           try {
-            const pending = onMessage(wellFormed(message))
+            const pending = trace ? trace.message(() => onMessage(wellFormed(message))) : onMessage(wellFormed(message))
             if (pending) pending.then(done, fail)
             else done()
           } catch (error) {

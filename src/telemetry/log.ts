@@ -6,10 +6,12 @@
  *     log.error({ err }, 'journal cannot be written')
  *
  * Facts go into fields, the message stays the same for the same event. Fields with the names below never reach the
- * output; that is a second fence, the first is not to hand them over.
+ * output; that is a second fence, the first is not to hand them over. A line that is written for a call that is traced has
+ * the call's `trace_id` and `span_id`. For operators: docs/logs.md.
  */
 import { type DestinationStream, destination, type Logger, pino, stdSerializers, stdTimeFunctions } from 'pino'
 import type { LogLevel } from '../settings.ts'
+import { traceFields } from './tracing.ts'
 
 export type Log = Logger
 
@@ -46,6 +48,7 @@ export function createLog({ level, destination: output, pretty = false }: LogOpt
     base: undefined, // pid and host name are the collector's to add
     timestamp: stdTimeFunctions.isoTime,
     formatters: { level: (label: string) => ({ level: label }) },
+    mixin: () => traceFields() ?? {},
     redact: { paths: REDACTED_PATHS, censor: '***' },
     serializers: { err: stdSerializers.errWithCause, error: stdSerializers.errWithCause },
   }

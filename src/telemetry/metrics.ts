@@ -22,6 +22,8 @@ import { MeterProvider } from '@opentelemetry/sdk-metrics'
 export type Metrics = {
   /** The decisions that one message asked for have been made, all within so many seconds. */
   decisions(allowed: number, denied: number, seconds: number): void
+  /** A question has been denied, for these reasons. */
+  denied(reasons: readonly { code: string }[]): void
   /** Questions on a stream could not be decided, for this reason. */
   undecided(questions: number, reason: string): void
   /** An enrollment has ended: `enrolled`, or the reason of its refusal. Or it has begun to wait: `pending`. */
@@ -134,6 +136,12 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
   const { exporter, provider, meter, scrape } = createMeter()
 
   const decisions = tally(meter, 'edgemesh_authorization_decisions_total', 'Authorization decisions', ['decision'])
+  const denials = tally(
+    meter,
+    'edgemesh_authorization_denials_total',
+    'Reasons for which questions were denied; there may be several against one question',
+    ['reason'],
+  )
   const undecided = tally(
     meter,
     'edgemesh_authorization_undecided_total',
@@ -185,7 +193,8 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
     advice: { explicitBucketBoundaries: REVOCATION_SECONDS },
   })
   const revocationAcknowledgedSeconds = meter.createHistogram('edgemesh_revocation_acknowledged_seconds', {
-    description: 'The same to the acknowledgement by its device',
+    description:
+      'Time from the commit that took the ground of a connection, or its expiry, to the acknowledgement by its device',
     advice: { explicitBucketBoundaries: REVOCATION_SECONDS },
   })
   // Series that alerts compute rates of exist from the start, or their first increase would go unseen.
@@ -210,6 +219,9 @@ export function startMetrics({ instanceId, version }: { instanceId: string; vers
       if (allowed > 0) decisions(allowed, 'allow')
       if (denied > 0) decisions(denied, 'deny')
       decisionSeconds.record(seconds)
+    },
+    denied(reasons) {
+      for (const { code } of reasons) denials(1, code)
     },
     undecided,
     enrollment: outcome => enrollments(1, outcome),

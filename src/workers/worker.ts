@@ -61,7 +61,7 @@ function tell(word: Word): Promise<void> {
 
 async function start({ settings, worker, employment }: Extract<Order, { start: unknown }>['start']): Promise<void> {
   // Signals are heard before all this code has been loaded.
-  const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
+  const [{ startServer, version }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../telemetry/log.ts'),
     import('../telemetry/tracing.ts'),
@@ -72,7 +72,7 @@ async function start({ settings, worker, employment }: Extract<Order, { start: u
     process.exit(1)
   })
   try {
-    tracing = await startTracing(process.env)
+    tracing = await startTracing(process.env, { instanceId: settings.instanceId, version, log })
     server = await startServer({ settings, log, employment })
   } catch (error) {
     const { message, stack, hint } = error as Error & { hint?: string }

@@ -74,6 +74,7 @@ test('a connection that is taken back before its answer is denied, and on record
     limit() {},
     assertions: undefined,
     onDecisions() {},
+    onDenied() {},
     onConnection() {},
     onUndecided() {},
     revocations: watchRevocations({ clock, onPush() {}, onAcknowledge() {} }),

@@ -105,6 +105,7 @@ function startInstance(name: string, world: World) {
     clock,
     limit: async () => {},
     onDecisions() {},
+    onDenied() {},
     onConnection() {},
     async claim() {
       const row = fromDecision(world)

@@ -116,3 +116,11 @@ test('a database that does not exist, and a user that it does not know, are told
     t.regex(stderr, hint)
   }
 })
+for (const args of [[], ['--workers', '2']]) {
+  test(`a place for traces that is no URL ends in exit code 2, by name: serve ${args.join(' ')}`, async t => {
+    const env = { DATABASE_URL: 'postgresql://localhost/none', OTEL_EXPORTER_OTLP_ENDPOINT: 'collector:4318' }
+    const { exitCode, stderr } = await serve(args, env)
+    t.is(exitCode, 2)
+    t.regex(stderr, /^error: OTEL_EXPORTER_OTLP_ENDPOINT: must be a URL/)
+  })
+}

@@ -76,21 +76,29 @@ export async function startAlertmanager(t: ExecutionContext, program: string, in
   return address
 }
 
-/**
- * Looking every two seconds, and waiting eight with every alert.
- *
- * @param targets as host:port; of instances and of OPA, separated by commas
- */
+type PrometheusOptions = {
+  edgemesh: string | string[]
+  alertmanager: string
+  opa?: string
+  /** At the end of the configuration. */
+  more?: string
+  /** Files that the configuration names, in the folder `secrets`. */
+  secrets?: Record<string, string>
+}
+
+/** Looking every two seconds, and waiting eight with every alert. */
 export async function startPrometheus(
   t: ExecutionContext,
   program: string,
-  targets: { edgemesh: string; alertmanager: string; opa?: string; opaToken?: string },
+  targets: PrometheusOptions,
 ): Promise<string> {
   const folder = await copyOf(t, 'prometheus')
-  await writeFile(join(folder, 'secrets', 'opa-token'), targets.opaToken ?? 'none')
-  const { edgemesh, opa = '' } = targets
-  for (const [name, list] of Object.entries({ edgemesh, opa, postgres: '', node: '' })) {
-    await writeFile(join(folder, 'targets', `${name}.yml`), list ? `- targets: [${list}]` : '[]')
+  for (const [name, secret] of Object.entries({ 'opa-token': 'none', ...targets.secrets })) {
+    await writeFile(join(folder, 'secrets', name), secret)
+  }
+  const scraped = { edgemesh: targets.edgemesh, opa: targets.opa ?? [], postgres: [], node: [] }
+  for (const [name, addresses] of Object.entries(scraped)) {
+    await writeFile(join(folder, 'targets', `${name}.yml`), JSON.stringify([{ targets: [addresses].flat() }]))
   }
   const address = `127.0.0.1:${await freePort()}`
   const file = join(folder, 'prometheus.yml')
@@ -98,7 +106,7 @@ export async function startPrometheus(
     .replaceAll('interval: 15s', 'interval: 2s')
     .replaceAll('alertmanager:9093', targets.alertmanager)
     .replaceAll('localhost:9090', address)
-  await writeFile(file, quick)
+  await writeFile(file, `${quick}\n${targets.more ?? ''}`)
   for (const name of await readdir(join(folder, 'rules'))) {
     const rules = join(folder, 'rules', name)
     await writeFile(rules, (await readFile(rules, 'utf8')).replaceAll(/for: .*/g, 'for: 8s'))

@@ -23,6 +23,8 @@ type OpaOptions = {
   token?: string
   /** What to load, such as a copy that the test will change; the policies of this project unless given. */
   policies?: string
+  /** Settings of its own, as `--set` takes them. */
+  config?: string[]
 }
 
 /** Ends with the test. Ask `findOpa()` first: without the binary this throws. */
@@ -43,17 +45,21 @@ export async function startOpa(t: ExecutionContext, options: OpaOptions = {}): P
 async function run(
   port: number,
   url: string,
-  { token, policies = policyDirectory }: OpaOptions,
+  { token, policies = policyDirectory, config = [] }: OpaOptions,
 ): Promise<ChildProcess> {
   const opa = findOpa()
   if (opa === undefined) throw new Error('no opa binary in $OPA, PATH, .tools/bin or /go/bin')
   const args = ['run', '--server', '--addr', `127.0.0.1:${port}`, '--log-level', 'error', '--skip-version-check']
   const ignored = ['--ignore', '*_test.rego', '--ignore', '*.json', '--ignore', '*.wasm']
   const guard = token === undefined ? [] : ['--authentication=token', '--authorization=basic']
-  const server = spawn(opa, [...args, ...ignored, ...guard, '--watch', policies], {
-    env: { ...process.env, ...(token === undefined ? {} : { EDGEMESH_OPA_TOKEN: token }) },
-    stdio: ['ignore', 'ignore', 'pipe'],
-  })
+  const server = spawn(
+    opa,
+    [...args, ...ignored, ...guard, ...config.map(setting => `--set=${setting}`), '--watch', policies],
+    {
+      env: { ...process.env, ...(token === undefined ? {} : { EDGEMESH_OPA_TOKEN: token }) },
+      stdio: ['ignore', 'ignore', 'pipe'],
+    },
+  )
   await waitUntilAnswering(url, server)
   // What it says later, such as that it runs as root, is of no use; but it must not block on a full pipe.
   server.stderr?.resume()

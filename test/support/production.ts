@@ -174,10 +174,10 @@ export async function startProduction(t: ExecutionContext): Promise<Production> 
 
   const inbox = await startInbox(t)
   const monitoring = await startPrometheus(t, programs.prometheus as string, {
-    edgemesh: backends.map(({ metricsPort }) => `127.0.0.1:${metricsPort}`).join(),
+    edgemesh: backends.map(({ metricsPort }) => `127.0.0.1:${metricsPort}`),
     alertmanager: await startAlertmanager(t, programs.alertmanager as string, inbox.url),
     opa: `127.0.0.1:${ports.opa}`,
-    opaToken,
+    secrets: { 'opa-token': opaToken },
   })
   return {
     address: `127.0.0.1:${port}`,

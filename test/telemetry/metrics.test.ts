@@ -1,7 +1,6 @@
 import type { ServerResponse } from 'node:http'
 import test from 'ava'
 import { type Metrics, startMetrics } from '../../src/telemetry/metrics.ts'
-import { startTracing } from '../../src/telemetry/tracing.ts'
 
 /** What a scrape would read. */
 function scrape(metrics: Metrics): Promise<string> {
@@ -18,6 +17,8 @@ function start(): Metrics {
 test('counts show under their exact names and labels', async t => {
   const metrics = start()
   metrics.decisions(1, 0, 0.0002)
+  metrics.denied([{ code: 'HEALTH_STALE' }, { code: 'DISK_NOT_ENCRYPTED' }])
+  metrics.denied([{ code: 'HEALTH_STALE' }])
   metrics.enrollment('enrolled')
   metrics.heartbeat(3)
   metrics.connection('db', 'open')
@@ -28,6 +29,8 @@ test('counts show under their exact names and labels', async t => {
     '# TYPE edgemesh_authorization_decisions_total counter',
     'edgemesh_authorization_decisions_total{decision="allow"} 1',
     'edgemesh_authorization_decisions_total{decision="deny"} 0',
+    'edgemesh_authorization_denials_total{reason="HEALTH_STALE"} 2',
+    'edgemesh_authorization_denials_total{reason="DISK_NOT_ENCRYPTED"} 1',
     'edgemesh_authorization_latency_seconds_bucket{le="0.0001"} 0',
     'edgemesh_authorization_latency_seconds_bucket{le="0.00025"} 1',
     'edgemesh_authorization_latency_seconds_bucket{le="10"} 1',
@@ -85,8 +88,4 @@ test('label values without end are counted under other', async t => {
   t.is(series.length, 1_000)
   t.true(text.includes('edgemesh_connections_total{service="other",status="other"} 1001\n'))
   await metrics.stop()
-})
-
-test('traces are off unless OTEL_EXPORTER_OTLP_ENDPOINT is set', async t => {
-  t.is(await startTracing({}), undefined)
 })
