@@ -5,7 +5,6 @@
  *     …
  *     await server.stop()
  */
-import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Server } from '@grpc/grpc-js'
@@ -78,10 +77,9 @@ import type { Settings } from './settings.ts'
 import { type Readiness, startTelemetryHttp, type TelemetryHttpOptions } from './telemetry/http.ts'
 import type { Log } from './telemetry/log.ts'
 import { type Expiry, startMetrics } from './telemetry/metrics.ts'
+import { version } from './version.ts'
 
 export const entities = [...identityEntities, ...fleetEntities, ...accessEntities, ...auditEntities]
-
-export const { version } = createRequire(import.meta.url)('../package.json') as { version: string }
 
 export type OperatorRequest = { name: string; role: string; csr: Uint8Array; validityMs: number }
 export type ServiceRequest = { name: string; csr: Uint8Array; validityMs: number }

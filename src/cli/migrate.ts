@@ -5,6 +5,7 @@ import type { Database } from '../db/orm.ts'
 import { grantServiceRole } from '../db/service-role.ts'
 import { readSettings, type Settings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
+import { version } from '../version.ts'
 import { withThrowawaySecrets } from './local-secrets.ts'
 import { renderTable } from './table.ts'
 
@@ -72,14 +73,26 @@ function userOf(url: string): string | undefined {
 
 function statusCommand(): Command {
   return new Command('status')
-    .description('which migrations are applied, and which are not yet')
+    .description('which migrations are applied, which are not yet, and whether this version may serve')
     .option('--json', 'one JSON document')
-    .addHelpText('after', '\nExamples:\n  edgemesh migrate status\n  edgemesh migrate status --json | jq .pending\n')
+    .addHelpText(
+      'after',
+      `
+Exit codes: 0 this version may serve on the schema as it is, 1 it is behind, or
+could not be read, 2 not understood.
+
+Examples:
+  edgemesh migrate status
+  edgemesh migrate status --json | jq .pending
+`,
+    )
     .action((options: { json?: true }) =>
       withDatabase(async db => {
         const { applied, pending, newer } = await db.migrations()
+        const mayServe = pending.length === 0
+        if (!mayServe) process.exitCode = 1
         if (options.json) {
-          console.log(JSON.stringify({ applied, pending, newer }))
+          console.log(JSON.stringify({ version, mayServe, applied, pending, newer }))
           return
         }
         const rows = [
@@ -87,8 +100,15 @@ function statusCommand(): Command {
           ...pending.map(name => ({ name, status: 'pending' })),
         ]
         console.log(renderTable({ migration: row => row.name, status: row => row.status }, rows))
+        console.log(`\n${verdict(pending, newer)}`)
       }),
     )
+}
+
+function verdict(pending: readonly string[], newer: readonly string[]): string {
+  if (pending.length > 0) return `version ${version} may serve after: edgemesh migrate up`
+  if (newer.length > 0) return `version ${version} may serve; the schema is of a newer version, and stays as it is`
+  return `version ${version} may serve`
 }
 
 function downCommand(): Command {
@@ -99,7 +119,7 @@ function downCommand(): Command {
       'after',
       `
 Going back to the version before does not take this: it serves on the schema of today.
-When it is needed all the same is told in docs/database.md.
+When it is needed all the same is told in docs/upgrade.md.
 
 Examples:
   edgemesh migrate down

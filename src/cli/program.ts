@@ -1,6 +1,7 @@
 /** All commands, and how what is typed wrong is answered. */
-import { readFileSync } from 'node:fs'
-import { Command } from 'commander'
+import { createRequire } from 'node:module'
+import { Command, CommanderError, Option } from 'commander'
+import { revision, version } from '../version.ts'
 import { agentCommand } from './agent.ts'
 import { auditCommand } from './audit.ts'
 import { caCommand } from './ca.ts'
@@ -9,6 +10,7 @@ import { connectionCommand } from './connection.ts'
 import { decisionCommand } from './decision.ts'
 import { devCommand } from './dev.ts'
 import { deviceCommand } from './device.ts'
+import { doctorCommand } from './doctor.ts'
 import { grantCommand } from './grant.ts'
 import { lifecycleCommand } from './lifecycle.ts'
 import { migrateCommand } from './migrate.ts'
@@ -22,10 +24,11 @@ import { tokenCommand } from './token.ts'
 import { userCommand } from './user.ts'
 
 export function createProgram(): Command {
-  const { version, description } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8'))
+  const { description } = createRequire(import.meta.url)('../../package.json') as { description: string }
   const program = new Command('edgemesh')
     .description(description)
-    .version(version, '--version', 'print the version')
+    .addOption(new Option('--version', 'print the version, and the revision where it is known'))
+    .on('option:version', printVersion)
     .helpOption('-h, --help', 'print help')
     .helpCommand(false)
     .addHelpText(
@@ -42,7 +45,8 @@ Examples:
     )
 
   program.commandsGroup('Run a server:')
-  for (const command of [devCommand(), serveCommand(), migrateCommand(), operatorCommand()]) program.addCommand(command)
+  for (const command of [devCommand(), serveCommand(), migrateCommand(), operatorCommand(), doctorCommand()])
+    program.addCommand(command)
   program.addCommand(serviceIdentityCommand())
   program.commandsGroup('Administrate:')
   for (const command of [tokenCommand(), deviceCommand(), userCommand(), serviceCommand()]) program.addCommand(command)
@@ -55,6 +59,14 @@ Examples:
 
   answerMistakes(program, 'edgemesh')
   return program
+}
+
+/** The revision is read only when it is asked for: it takes a few files. */
+function printVersion(): never {
+  const commit = revision()
+  const text = commit === undefined ? version : `${version} (${commit})`
+  process.stdout.write(`${text}\n`)
+  throw new CommanderError(0, 'commander.version', text)
 }
 
 /** Every command of the tree throws instead of exiting, and prints what was wrong as `error:` and `hint:`. */

@@ -1,6 +1,7 @@
 /** `edgemesh serve`: production. Settings from the environment, logs to stdout, one process or several. */
 import { Command, InvalidArgumentError } from 'commander'
 import { readSettings, type Settings, SettingsError } from '../settings.ts'
+import { version } from '../version.ts'
 import { machine, workersFor, workersMax } from '../workers/shares.ts'
 import { wholeNumber } from './option-values.ts'
 import { asked, stopSignal } from './stop-signal.ts'
@@ -71,7 +72,7 @@ function demandDatabase({ database }: Settings): void {
 /** @param cause why it is one process, where that had to be found out */
 async function serveAlone(settings: Settings, cause?: string): Promise<void> {
   // Wrong settings are told without waiting for the server's code to load.
-  const [{ startServer, version }, { awaitDatabase }, { createLog }, { startTracing }] = await Promise.all([
+  const [{ startServer }, { awaitDatabase }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../db/await-database.ts'),
     import('../telemetry/log.ts'),

@@ -61,5 +61,34 @@ export async function maintainPartitions(pool: pg.Pool, retentionDays: number, n
   return postponed
 }
 
+/**
+ * How far ahead there are partitions, for who only looks.
+ *
+ * @returns by table, for how many days from today on there is one without a gap; and the names of those that `maintainPartitions`
+ *   should have dropped a day ago
+ */
+export async function partitionDays(
+  client: Pick<pg.Pool, 'query'>,
+  retentionDays: number,
+  nowMs: number,
+): Promise<{ ahead: Record<string, number>; overdue: string[] }> {
+  const today = Math.floor(nowMs / dayMs)
+  const { rows: laidDown } = await client.query<{ days: number }>('select days_min as days from audit_retention')
+  const oldest = today - Math.max(retentionDays, laidDown[0]?.days ?? 0) - 1
+  const { rows } = await client.query<{ name: string }>(
+    `select c.relname as name from pg_inherits i join pg_class c on c.oid = i.inhrelid
+     where i.inhparent = any ($1::regclass[]::oid[]) order by 1`,
+    [partitionedTables],
+  )
+  const names = new Set(rows.map(({ name }) => name))
+  const ahead = partitionedTables.map(table => {
+    let days = 0
+    while (names.has(`${table}_${dayStamp(today + days)}`)) days++
+    return [table, days]
+  })
+  const overdue = [...names].filter(name => /_\d{8}$/.test(name) && name.slice(-8) < dayStamp(oldest))
+  return { ahead: Object.fromEntries(ahead), overdue }
+}
+
 const isoDay = (day: number) => new Date(day * dayMs).toISOString().slice(0, 10)
 const dayStamp = (day: number) => isoDay(day).replaceAll('-', '')

@@ -104,7 +104,7 @@ async function demandClosedSchema(client: pg.ClientBase, role: string): Promise<
 }
 
 /** Who the service is in the database, and whether it could change what is on record. */
-export async function ownAudit(pool: pg.Pool): Promise<{ role: string; isHeld: boolean }> {
+export async function ownAudit(pool: Pick<pg.Pool, 'query'>): Promise<{ role: string; isHeld: boolean }> {
   const { rows } = await pool.query<{ role: string; free: boolean }>(
     `select current_user as role, bool_or(pg_has_role(relowner, 'member')
        or has_table_privilege(oid, 'update') or has_table_privilege(oid, 'delete') or has_table_privilege(oid, 'truncate')
@@ -113,4 +113,31 @@ export async function ownAudit(pool: pg.Pool): Promise<{ role: string; isHeld: b
     [appendOnly],
   )
   return { role: rows[0]?.role ?? '', isHeld: rows[0]?.free === false }
+}
+
+/**
+ * What a server needs and the role that asks does not have, in words such as `insert on audit_events`. It says nothing about
+ * what the role has beyond that.
+ */
+export async function missingRights(client: Pick<pg.Pool, 'query'>): Promise<string[]> {
+  const { rows } = await client.query<{ name: string; has: Record<string, boolean> }>(
+    `select relname as name, json_build_object('select', has_table_privilege(oid, 'select'),
+       'insert', has_table_privilege(oid, 'insert'), 'update', has_table_privilege(oid, 'update'),
+       'delete', has_table_privilege(oid, 'delete')) as has
+     from pg_class where relnamespace = current_schema()::regnamespace and relkind in ('r', 'p') and not relispartition
+     order by relname`,
+  )
+  const { rows: closed } = await client.query<{ name: string }>(
+    `select name from unnest($1::text[]) as name where not has_function_privilege(name, 'execute')`,
+    [functions],
+  )
+  return [
+    ...rows.flatMap(({ name, has }) => {
+      const missing = rightsOn(name)
+        .split(', ')
+        .filter(right => !has[right])
+      return missing.length > 0 ? [`${missing.join(', ')} on ${name}`] : []
+    }),
+    ...closed.map(({ name }) => `execute on ${name}`),
+  ]
 }

@@ -210,7 +210,34 @@ async function loadAuthorities(
   { db, trustDomain, passphrase }: AuthorityOptions,
   fromFiles: readonly Authority[],
 ): Promise<AuthoritySet> {
-  const stored = await db.em().find(StoredAuthority, {}, { orderBy: { id: 'asc' } })
+  const stored = await storedAuthorities(db.em())
+  return openStored(stored, { trustDomain, passphrase }, fromFiles)
+}
+
+/**
+ * The same, for who only looks: makes and registers nothing.
+ *
+ * @returns undefined where there is none yet
+ * @throws Error naming what does not fit
+ */
+export async function readAuthorities(
+  em: EntityManager,
+  options: Pick<AuthorityOptions, 'trustDomain' | 'passphrase' | 'files' | 'clock'>,
+): Promise<AuthoritySet | undefined> {
+  const fromFiles = openFiles(options.files, options.passphrase, options.clock())
+  const stored = await storedAuthorities(em)
+  return stored.length === 0 ? undefined : openStored(stored, options, fromFiles)
+}
+
+function storedAuthorities(em: EntityManager): Promise<StoredAuthority[]> {
+  return em.find(StoredAuthority, {}, { orderBy: { id: 'asc' } })
+}
+
+function openStored(
+  stored: readonly StoredAuthority[],
+  { trustDomain, passphrase }: Pick<AuthorityOptions, 'trustDomain' | 'passphrase'>,
+  fromFiles: readonly Authority[],
+): AuthoritySet {
   demandTrustDomain(stored, trustDomain)
   return authoritySet(
     stored.map(row => {
@@ -247,7 +274,7 @@ function openFiles(files: AuthorityOptions['files'], passphrase: string, nowMs: 
 /** All rows, oldest first; nobody else changes or adds any until the transaction of `em` has ended. */
 export async function lockedAuthorities(em: EntityManager): Promise<StoredAuthority[]> {
   await em.execute('select pg_advisory_xact_lock(?)', [authorityLock])
-  return em.find(StoredAuthority, {}, { orderBy: { id: 'asc' } })
+  return storedAuthorities(em)
 }
 
 export function insertAuthority(

@@ -8,6 +8,7 @@
 import type { Socket } from 'node:net'
 import type { Employment, RunningServer } from '../server.ts'
 import type { Settings } from '../settings.ts'
+import { version } from '../version.ts'
 
 export type Question = { ask: 'scrape' } | { ask: 'readiness' } | { ask: 'revocationList'; issuerKeyId?: string }
 
@@ -61,7 +62,7 @@ function tell(word: Word): Promise<void> {
 
 async function start({ settings, worker, employment }: Extract<Order, { start: unknown }>['start']): Promise<void> {
   // Signals are heard before all this code has been loaded.
-  const [{ startServer, version }, { createLog }, { startTracing }] = await Promise.all([
+  const [{ startServer }, { createLog }, { startTracing }] = await Promise.all([
     import('../server.ts'),
     import('../telemetry/log.ts'),
     import('../telemetry/tracing.ts'),

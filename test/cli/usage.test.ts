@@ -76,10 +76,10 @@ test('without a command the help is printed, and the exit code is 2', async t =>
   }
 })
 
-test('the version is that of the package', async t => {
+test('the version is that of the package, with the revision where it is known', async t => {
   const { exitCode, stdout } = await edgemesh(['--version'])
   t.is(exitCode, 0)
-  t.regex(stdout, /^\d+\.\d+\.\d+\n$/)
+  t.regex(stdout, /^\d+\.\d+\.\d+( \([0-9a-f]{7,12}\))?\n$/)
 })
 
 test('wrong settings are all told, by name, with exit code 2', async t => {

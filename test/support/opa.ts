@@ -25,6 +25,8 @@ type OpaOptions = {
   policies?: string
   /** Settings of its own, as `--set` takes them. */
   config?: string[]
+  /** In their place, a bundle. */
+  bundle?: string
 }
 
 /** Ends with the test. Ask `findOpa()` first: without the binary this throws. */
@@ -45,7 +47,7 @@ export async function startOpa(t: ExecutionContext, options: OpaOptions = {}): P
 async function run(
   port: number,
   url: string,
-  { token, policies = policyDirectory, config = [] }: OpaOptions,
+  { token, policies = policyDirectory, bundle, config = [] }: OpaOptions,
 ): Promise<ChildProcess> {
   const opa = findOpa()
   if (opa === undefined) throw new Error('no opa binary in $OPA, PATH, .tools/bin or /go/bin')
@@ -54,7 +56,14 @@ async function run(
   const guard = token === undefined ? [] : ['--authentication=token', '--authorization=basic']
   const server = spawn(
     opa,
-    [...args, ...ignored, ...guard, ...config.map(setting => `--set=${setting}`), '--watch', policies],
+    [
+      ...args,
+      ...(bundle ? [] : ignored),
+      ...guard,
+      ...config.map(setting => `--set=${setting}`),
+      '--watch',
+      ...(bundle ? ['--bundle', bundle] : [policies]),
+    ],
     {
       env: { ...process.env, ...(token === undefined ? {} : { EDGEMESH_OPA_TOKEN: token }) },
       stdio: ['ignore', 'ignore', 'pipe'],

@@ -11,13 +11,17 @@ import { freePort } from './free-port.ts'
 export type RelayOptions = {
   /** The address that connections come from, such as 127.0.0.2: all of 127.0.0.0/8 is this host. */
   from?: string
+  /** The address to listen on, 127.0.0.1 unless given. */
+  on?: string
+  /** How much later answers arrive. */
+  lateMs?: number
   /** Sent before the client's own first byte, each piece for itself. */
   pieces?: Buffer[]
 }
 
 /** Hands every connection on to `port`. @returns the port to connect to */
 export async function relay(t: ExecutionContext, port: number, options: RelayOptions = {}): Promise<number> {
-  const { from = '127.0.0.1', pieces = [] } = options
+  const { from = '127.0.0.1', on = '127.0.0.1', lateMs, pieces = [] } = options
   const sockets = new Set<Socket>()
   const server = createServer(async near => {
     const far = connect({ port, host: '127.0.0.1', localAddress: from }).setNoDelay(true)
@@ -29,9 +33,11 @@ export async function relay(t: ExecutionContext, port: number, options: RelayOpt
       socket.on('error', () => {}).on('close', () => other.destroy())
     }
     for (const piece of pieces) await new Promise(resolve => far.write(piece, resolve))
-    near.pipe(far).pipe(near)
+    near.pipe(far)
+    if (lateMs === undefined) far.pipe(near)
+    else far.on('data', data => setTimeout(() => near.write(data), lateMs))
   })
-  server.listen(0, '127.0.0.1')
+  server.listen(0, on)
   await once(server, 'listening')
   t.teardown(() => {
     server.close()

@@ -1,5 +1,5 @@
 /** An upgrade and the way back, instance by instance and with the schema, while devices and operators go on. */
-import { mkdtemp, readFile, rm } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -277,6 +277,93 @@ test.serial('this version and one of tomorrow serve side by side, there and back
   t.timeout(300_000)
   await thereAndBack(t, thisVersion, await versionOfTomorrow(t))
 })
+
+/** What it printed and how it ended, for commands that may fail. */
+async function ended(version: Version, env: Record<string, string>, ...args: string[]) {
+  try {
+    return { exitCode: 0, stdout: await version.command(env, ...args), stderr: '' }
+  } catch (error) {
+    const { code, stdout, stderr } = error as { code: number; stdout: string; stderr: string }
+    return { exitCode: code, stdout, stderr }
+  }
+}
+
+test.serial(
+  'before, amid and after an update each version says what it may do, and the way back loses nothing',
+  async t => {
+    t.timeout(180_000)
+    const { url, pool } = await emptyDatabase(t)
+    const env = { ...testEnvironment, DATABASE_URL: url }
+    const [today, tomorrow] = [thisVersion, await versionOfTomorrow(t)]
+    const manifest = join(tomorrow.program, '../../package.json')
+    await writeFile(manifest, JSON.stringify({ ...JSON.parse(await readFile(manifest, 'utf8')), version: '9.9.9' }))
+    t.regex(await tomorrow.command(env, '--version'), /^9\.9\.9\n$/)
+    const status = async (version: Version) => {
+      const { exitCode, stdout } = await ended(version, env, 'migrate', 'status', '--json')
+      const { mayServe, pending, newer } = JSON.parse(stdout)
+      return { exitCode, mayServe, pending, newer }
+    }
+    const migrationsFound = async (version: Version) => {
+      const found = await ended(version, env, 'doctor', '--only', 'migrations', '--json')
+      return [found.exitCode, JSON.parse(found.stdout).findings[0].severity]
+    }
+    const fine = { exitCode: 0, mayServe: true, pending: [], newer: [] }
+    const behind = { exitCode: 1, mayServe: false, pending: ['9999-tomorrow'], newer: [] }
+    const ahead = { exitCode: 0, mayServe: true, pending: [], newer: ['9999-tomorrow'] }
+
+    // There is nothing yet: neither may serve.
+    t.like(await status(today), { exitCode: 1, mayServe: false })
+    await today.command(env, 'migrate', 'up')
+    t.deepEqual([await status(today), await status(tomorrow)], [fine, behind])
+    t.deepEqual(
+      [await migrationsFound(today), await migrationsFound(tomorrow)],
+      [
+        [0, 'ok'],
+        [1, 'failed'],
+      ],
+    )
+    const pending = await ended(tomorrow, env, 'migrate', 'status')
+    t.regex(pending.stdout, /\nversion 9\.9\.9 may serve after: edgemesh migrate up\n$/)
+
+    // The schema of tomorrow: both may.
+    await tomorrow.command(env, 'migrate', 'up')
+    t.deepEqual([await status(today), await status(tomorrow)], [ahead, fine])
+    t.deepEqual(
+      [await migrationsFound(today), await migrationsFound(tomorrow)],
+      [
+        [0, 'warning'],
+        [0, 'ok'],
+      ],
+    )
+    const running = await serve(t, env, { program: tomorrow.program })
+    const operator = await operatorMadeBy(t, tomorrow, env)
+    const { admin } = clientsOf(t, running.address, operator)
+    await unary(admin, 'createUser', { id: 'ada', email: 'ada@example.com', name: '', role: 'admin' })
+    const ports = { ...env, METRICS_PORT: String(running.metricsPort) }
+    const seen = JSON.parse((await ended(today, ports, 'doctor', '--only', 'instance', '--json')).stdout)
+    t.like(seen.findings[0], { severity: 'warning' })
+    t.regex(seen.findings[0].what, /^the instance is of version 9\.9\.9, and this program of \d/)
+    t.is(await running.stop(), 0)
+
+    // Back: what tomorrow has written is there, and only tomorrow takes its schema back.
+    const back = await serve(t, env, { program: today.program })
+    const listed = await unary(clientsOf(t, back.address, operator).admin, 'listUsers', { pageSize: 10, pageToken: '' })
+    t.deepEqual(
+      listed.users.map(({ id }) => id),
+      ['ada'],
+    )
+    t.is(await back.stop(), 0)
+    const refusedDown = await ended(today, env, 'migrate', 'down')
+    t.is(refusedDown.exitCode, 1)
+    t.regex(
+      refusedDown.stderr,
+      /^error: this version can not take back 9999-tomorrow, which a newer one has made\nhint: /,
+    )
+    await tomorrow.command(env, 'migrate', 'down')
+    t.deepEqual([await status(today), await status(tomorrow)], [fine, behind])
+    t.is((await pool.query('select from users')).rowCount, 1)
+  },
+)
 
 const before = commitBefore()
 if ('missing' in before) {
