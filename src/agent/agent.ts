@@ -96,10 +96,11 @@ const identityEnds: ReadonlySet<string> = new Set([
 ])
 
 /**
- * One of the two knows nothing of the other's authority: it was replaced while the device was away, or this is another
- * server. A new token that is for this server tells which.
+ * One of the two knows nothing of the other: the authority was replaced while the device was away, the server's database was
+ * brought back from a backup that is older than the certificate, or this is another server. A new token that is for this
+ * server tells which.
  */
-const estranged: ReadonlySet<string> = new Set(['SERVER_UNTRUSTED', 'CERTIFICATE_UNTRUSTED'])
+const estranged: ReadonlySet<string> = new Set(['SERVER_UNTRUSTED', 'CERTIFICATE_UNTRUSTED', 'CERTIFICATE_UNKNOWN'])
 
 type Settled = Required<Omit<AgentOptions, 'connected'>> & Pick<AgentOptions, 'connected'>
 

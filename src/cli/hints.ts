@@ -78,7 +78,8 @@ const hints: Readonly<Record<string, string>> = {
     'the authority was replaced meanwhile, a device enrolls again with a new token, an operator is made anew: edgemesh ' +
     'operator create --help',
   CERTIFICATE_UNKNOWN:
-    'the server has no record of this certificate, as after a restored backup: renew or enroll it again',
+    'the server has no record of this certificate, as after a restored backup that is older: a device enrolls again with ' +
+    'a new token, an operator is made anew: edgemesh operator create --help',
   CERTIFICATE_PURPOSE: 'use the certificate of a device or an operator, not that of a server',
   CERTIFICATE_IDENTITY:
     'these credentials are of another trust domain: see that --server and --credentials belong together',

@@ -237,21 +237,27 @@ test('a new token is not shown to a server that it was not made by', async t => 
   )
 })
 
+/** Of another authority, or of one that has lost it with its database. */
+const unknown = ['CERTIFICATE_UNTRUSTED', 'CERTIFICATE_UNKNOWN']
+
 test('a device whose certificate the server knows nothing of enrolls again with a new token of that server', async t => {
-  const server = await forgetful(t, 'CERTIFICATE_UNTRUSTED')
-  const token = tokenOf()
-  const agent = await startAgent(t, { server: server.address, token }, alpha, stopOnceReported)
-  await agent.done
-  t.deepEqual(
-    server.enrollments.map(({ token, deviceId }) => [token, deviceId]),
-    [[token, 'alpha']],
-  )
+  for (const reason of unknown) {
+    const server = await forgetful(t, reason)
+    const token = tokenOf()
+    const agent = await startAgent(t, { server: server.address, token }, alpha, stopOnceReported)
+    await agent.done
+    t.deepEqual(
+      server.enrollments.map(({ token, deviceId }) => [token, deviceId]),
+      [[token, 'alpha']],
+    )
+  }
 })
 
 test('a device whose certificate the server knows nothing of waits for better times without one', async t => {
   const strangers = mintToken({ rootKeySha256: (await smallAuthority()).rootKeySha256 }).text
-  for (const token of ['', tokenOf(alpha.tokenId), strangers]) {
-    const server = await forgetful(t, 'CERTIFICATE_UNTRUSTED')
+  const cases = unknown.flatMap(reason => ['', tokenOf(alpha.tokenId), strangers].map(token => ({ reason, token })))
+  for (const { reason, token } of cases) {
+    const server = await forgetful(t, reason)
     const agent = await startAgent(t, { server: server.address, token }, alpha, stopOnceReported)
     await agent.done
     t.deepEqual(agent.told(), ['resumed', 'connecting', 'disconnected', 'connecting', 'reported', 'stopped'])
