@@ -1,32 +1,14 @@
 /** Enrolling until there is an identity or a refusal that no repetition helps. */
+import { describeCallError, isCallError, type Server } from '../client/channel.ts'
+import { type DeviceCredentials, enrollDevice, isFinal } from '../client/enroll.ts'
+import { keyForEnrollment, saveState } from '../client/state.ts'
+import { backoffDelayMs, type Timer } from '../client/waiting.ts'
 import type { Clock } from '../clock.ts'
 import type { DeviceDescription } from '../gen/edgemesh/v1/types.ts'
-import { type DescribedError, describeCallError, isCallError, type Server } from './channel.ts'
-import { type DeviceCredentials, enrollDevice } from './enroll.ts'
 import type { AgentEvent } from './events.ts'
-import { keyForEnrollment, saveState } from './state.ts'
-import { backoffDelayMs, type Timer } from './waiting.ts'
-
-/** Refusals of a request for an identity that stay the same however often it is made. */
-const finalCodes: ReadonlySet<string> = new Set([
-  'INVALID_ARGUMENT',
-  'UNAUTHENTICATED',
-  'PERMISSION_DENIED',
-  'ALREADY_EXISTS',
-  'FAILED_PRECONDITION',
-  'UNIMPLEMENTED',
-])
-/** Of those codes, what passes: the next request is signed anew, and an operator decides some time. */
-const passing: ReadonlySet<string> = new Set(['CSR_CHALLENGE_STALE', 'CSR_REPLAYED', 'RECOVERY_NEEDS_APPROVAL'])
-/** Of the other codes, what does not. */
-const notPassing: ReadonlySet<string> = new Set(['TOKEN_USED_UP'])
 
 /** A stream on which the server has asked for patience so often has lived: what failed before it is forgotten. */
 const pendingSettled = 2
-
-export function isFinal({ code, reason }: DescribedError): boolean {
-  return notPassing.has(reason) || (finalCodes.has(code) && !passing.has(reason))
-}
 
 /**
  * Enrolls, and keeps the identity. Each attempt has the same key, so that the server sees one device, and one that waits

@@ -4,8 +4,8 @@
  */
 import { createHash } from 'node:crypto'
 import { stat } from 'node:fs/promises'
-import { bundlePolicy, compileDecisions, findOpa, listSources } from '../../policies/build.ts'
 import { type PolicyBundle, readBundle, unpackBundle } from '../access/policy-bundle.ts'
+import { bundlePolicy, compileDecisions, findOpa, listSources } from '../access/policy-compiler.ts'
 import { proveUsable } from '../access/policy-probe.ts'
 import { type CompiledPolicy, compilePolicy } from '../access/policy-wasm.ts'
 import { CommandFailure } from './failure.ts'

@@ -1,9 +1,9 @@
 /** `edgemesh check`: asks for a decision and explains it. */
 import { readFile } from 'node:fs/promises'
 import { Command } from 'commander'
-import { type Answer, check } from '../agent/authorize-stream.ts'
-import { comparingClocks } from '../agent/server-clock.ts'
-import { loadState } from '../agent/state.ts'
+import { type Answer, check } from '../client/authorize-stream.ts'
+import { comparingClocks } from '../client/server-clock.ts'
+import { loadState } from '../client/state.ts'
 import type { GetDecisionResponse } from '../gen/edgemesh/v1/admin.ts'
 import { Answer as AnswerMessage } from '../gen/edgemesh/v1/authorize.ts'
 import { type ConnectionOptions, connecting, findServer, serverDefault, withAdmin } from './admin-client.ts'

@@ -8,8 +8,8 @@
 import { relative } from 'node:path'
 import { Command } from 'commander'
 import { destination } from 'pino'
-import type { Credentials } from '../agent/channel.ts'
-import { createKey, signingRequestFor } from '../agent/csr.ts'
+import type { Credentials } from '../client/channel.ts'
+import { createKey, signingRequestFor } from '../client/csr.ts'
 import type { RunningServer, StartStep } from '../server.ts'
 import { readSettings, type Settings } from '../settings.ts'
 import { createLog } from '../telemetry/log.ts'
@@ -20,6 +20,7 @@ import { areGood, findCredentials, saveCredentials } from './operator-credential
 import { wholeNumber } from './option-values.ts'
 import { demo, type Proven, prove } from './proof.ts'
 import { asked, stopSignal } from './stop-signal.ts'
+import { edgemeshTyped } from './typed.ts'
 
 const dayMs = 86_400_000
 const operatorValidityMs = 90 * dayMs
@@ -223,20 +224,19 @@ function howToGoOn({ server, metrics }: Addresses, settings: Settings, proven: b
   const folder = shown(operatorFolder(settings))
   const grpcurl = `grpcurl -cacert ${folder}/ca.crt -cert ${folder}/operator.crt -key ${folder}/operator.key -authority localhost`
   const elsewhere = folder === `${dataDirDefault}/operator` ? '' : ` --credentials ${folder}`
-  const edgemesh = 'npm run --silent edgemesh --'
   const state = `${shown(settings.dataDir)}/my-laptop`
   return `
 ${proven ? 'It runs' : 'The proof has failed, but the server runs for you to look into it'}: gRPC on ${server}, metrics on ${metrics}. Ctrl-C stops it.
 
 Why was the demo denied?
-  ${edgemesh} check${elsewhere} --user ${demo.user} --service ${demo.service} --device ${demo.device}
+  ${edgemeshTyped} check${elsewhere} --user ${demo.user} --service ${demo.service} --device ${demo.device}
 
 Make a token, and enroll this machine with it:
-  EDGEMESH_TOKEN=$(${edgemesh} token create${elsewhere}) ${edgemesh} agent --server ${server} --state ${state} --id my-laptop
+  EDGEMESH_TOKEN=$(${edgemeshTyped} token create${elsewhere}) ${edgemeshTyped} agent --server ${server} --state ${state} --id my-laptop
 
 Look around:
-  ${edgemesh} device list${elsewhere}
-  ${edgemesh} audit search${elsewhere} --limit 20
+  ${edgemeshTyped} device list${elsewhere}
+  ${edgemeshTyped} audit search${elsewhere} --limit 20
   curl -s ${metrics}
 
 With grpcurl:

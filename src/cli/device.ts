@@ -1,6 +1,6 @@
 /** `edgemesh device`: the fleet. */
 import { Command, Option } from 'commander'
-import { millisecondsOf } from '../agent/channel.ts'
+import { millisecondsOf } from '../client/channel.ts'
 import { Device } from '../gen/edgemesh/v1/admin.ts'
 import { DevicePresence, DeviceStatus, DeviceType, type Posture } from '../gen/edgemesh/v1/types.ts'
 import { type AdminClient, type ConnectionOptions, connecting, withAdmin } from './admin-client.ts'

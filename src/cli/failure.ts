@@ -5,8 +5,8 @@
  *     hint: start a server with: npm start
  */
 import { CommanderError } from 'commander'
-import { describeCallError, isCallError } from '../agent/channel.ts'
-import { sentenceOf } from '../agent/server-clock.ts'
+import { describeCallError, isCallError } from '../client/channel.ts'
+import { sentenceOf } from '../client/server-clock.ts'
 import { SettingsError } from '../settings.ts'
 import { hintFor } from './hints.ts'
 

@@ -1,5 +1,6 @@
 /** What a person can do about a call that was refused, with the command for it. */
-import type { DescribedError } from '../agent/channel.ts'
+import type { DescribedError } from '../client/channel.ts'
+import { startTyped } from './typed.ts'
 
 export function hintFor({ code, reason, retryAfterMs }: Pick<DescribedError, 'code' | 'reason' | 'retryAfterMs'>) {
   const retry = retryAfterMs === undefined ? undefined : `try again in ${Math.ceil(retryAfterMs / 1_000)} s`
@@ -133,6 +134,6 @@ const hintsWhereNoTimeIsNamed: Readonly<Record<string, string>> = {
 const hintsByCode: Readonly<Record<string, string>> = {
   UNAUTHENTICATED: 'these credentials may be for another server, revoked or expired',
   PERMISSION_DENIED: 'use credentials of an operator whose role permits it: --credentials FOLDER',
-  UNAVAILABLE: 'see that the server runs and that --server names it; npm start starts one',
+  UNAVAILABLE: `see that the server runs and that --server names it; ${startTyped} starts one`,
   DEADLINE_EXCEEDED: 'see that the server runs and that --server names it',
 }

@@ -1,6 +1,6 @@
 /** Certificates that are made beside the database, with the server's settings: no server is asked. */
 import { destination } from 'pino'
-import { createKey, signingRequestFor } from '../agent/csr.ts'
+import { createKey, signingRequestFor } from '../client/csr.ts'
 import type { CertifiedName } from '../identity/operator.ts'
 import type { openOffline } from '../server.ts'
 import { readSettings } from '../settings.ts'

@@ -13,6 +13,7 @@ import { join } from 'node:path'
 import { belongTogether, type KeyPair, loadKeyPair, saveKeyPair } from '../credential-files.ts'
 import { everyoneReads, readIfThere, writeWhole } from '../whole-file.ts'
 import { CommandFailure } from './failure.ts'
+import { startTyped } from './typed.ts'
 
 export type OperatorCredentials = KeyPair & { rootsPem: string; server?: string }
 
@@ -54,7 +55,7 @@ export async function loadCredentials(folder: string): Promise<OperatorCredentia
   if (found) return found
   throw new CommandFailure(
     `there are no operator credentials in ${folder}`,
-    'start a server with: npm start, or name the folder with --credentials, or make them: edgemesh operator create --help',
+    `start a server with: ${startTyped}, or name the folder with --credentials, or make them: edgemesh operator create --help`,
   )
 }
 

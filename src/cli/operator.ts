@@ -1,8 +1,8 @@
 /** `edgemesh operator`: certificates for those who administrate, made beside the database and renewed from anywhere. */
 import { X509Certificate } from 'node:crypto'
 import { Command, Option } from 'commander'
-import { renewCredentials } from '../agent/enroll.ts'
-import { comparingClocks } from '../agent/server-clock.ts'
+import { renewCredentials } from '../client/enroll.ts'
+import { comparingClocks } from '../client/server-clock.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
 import { type ConnectionOptions, connecting, findServer, withAdmin } from './admin-client.ts'
 import { CommandFailure } from './failure.ts'

@@ -4,14 +4,13 @@
  * enrolling → connecting → reporting; a session that breaks, or that the script ends, → waiting → connecting. What is
  * refused for good → failed. Stopping ends the session in order.
  */
-import { type AuthorizationStream, openAuthorizations } from '../agent/authorize-stream.ts'
-import { type DescribedError, describeCallError, millisecondsOf, type Server } from '../agent/channel.ts'
-import { createKey } from '../agent/csr.ts'
-import { type DeviceCredentials, enrollDevice, renewCredentials } from '../agent/enroll.ts'
-import { isFinal } from '../agent/enrolling.ts'
-import { trustOf } from '../agent/issued-identity.ts'
-import { openSession, type Session } from '../agent/session.ts'
-import { backoffDelayMs, systemTimer, withinReason } from '../agent/waiting.ts'
+import { type AuthorizationStream, openAuthorizations } from '../client/authorize-stream.ts'
+import { type DescribedError, describeCallError, millisecondsOf, type Server } from '../client/channel.ts'
+import { createKey } from '../client/csr.ts'
+import { type DeviceCredentials, enrollDevice, isFinal, renewCredentials } from '../client/enroll.ts'
+import { trustOf } from '../client/issued-identity.ts'
+import { openSession, type Session } from '../client/session.ts'
+import { backoffDelayMs, systemTimer, withinReason } from '../client/waiting.ts'
 import { systemClock } from '../clock.ts'
 import { Fault } from '../fault.ts'
 import { DeviceType } from '../gen/edgemesh/v1/types.ts'

@@ -9,7 +9,7 @@
  */
 import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
-import { join } from 'node:path'
+import { extname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Asking } from './device.ts'
 import type { Order, Plan, Word } from './fleet-process.ts'
@@ -180,7 +180,7 @@ function startWorker() {
     execArgv: [],
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
   } as const
-  const child: ChildProcess = fork(join(import.meta.dirname, 'fleet-process.ts'), {
+  const child: ChildProcess = fork(join(import.meta.dirname, `fleet-process${extname(import.meta.filename)}`), {
     ...options,
     execArgv: [],
     stdio: [...options.stdio],

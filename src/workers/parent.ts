@@ -31,7 +31,7 @@ import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { type AddressInfo, createServer, type Server, type Socket } from 'node:net'
-import { join } from 'node:path'
+import { extname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Settings } from '../settings.ts'
 import { type Readiness, startTelemetryHttp } from '../telemetry/http.ts'
@@ -337,7 +337,7 @@ function spawn(
   share: Share,
   { settings, env }: { settings: Settings; env: Readonly<Record<string, string | undefined>> },
 ): Worker {
-  const child = fork(join(import.meta.dirname, 'worker.ts'), {
+  const child = fork(join(import.meta.dirname, `worker${extname(import.meta.filename)}`), {
     ...nodeOptions(env, share),
     stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     serialization: 'advanced',

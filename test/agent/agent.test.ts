@@ -4,8 +4,8 @@ import { join } from 'node:path'
 import type { ServerDuplexStream } from '@grpc/grpc-js'
 import test from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
-import { openSession } from '../../src/agent/session.ts'
-import { loadState } from '../../src/agent/state.ts'
+import { openSession } from '../../src/client/session.ts'
+import { loadState } from '../../src/client/state.ts'
 import { systemClock } from '../../src/clock.ts'
 import {
   type HeartbeatRequest,

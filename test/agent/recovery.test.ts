@@ -1,6 +1,6 @@
 import test, { type ExecutionContext } from 'ava'
-import { describeCallError } from '../../src/agent/channel.ts'
-import { loadState } from '../../src/agent/state.ts'
+import { describeCallError } from '../../src/client/channel.ts'
+import { loadState } from '../../src/client/state.ts'
 import { Fault } from '../../src/fault.ts'
 import { mintToken } from '../../src/identity/token-text.ts'
 import { bundleOf, fleetServer, keySha256, unauthenticated, unavailable } from './fleet-server.ts'

@@ -1,5 +1,5 @@
 import test from 'ava'
-import { loadState } from '../../src/agent/state.ts'
+import { loadState } from '../../src/client/state.ts'
 import { durationOf } from '../../src/duration.ts'
 import { Fault } from '../../src/fault.ts'
 import { fleetServer, keySha256, type Reply, reportIntervalMs, unauthenticated, unavailable } from './fleet-server.ts'

@@ -4,9 +4,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import { type AgentOptions, runAgent } from '../../src/agent/agent.ts'
-import type { DeviceCredentials } from '../../src/agent/enroll.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
-import { saveState } from '../../src/agent/state.ts'
+import type { DeviceCredentials } from '../../src/client/enroll.ts'
+import { saveState } from '../../src/client/state.ts'
 import { type VirtualTime, virtualTime } from './virtual-time.ts'
 
 export type RunningAgent = VirtualTime & {

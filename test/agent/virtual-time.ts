@@ -1,6 +1,6 @@
 /** Time that passes as soon as somebody waits for it, and no sooner. */
 import { setImmediate as nextTurn } from 'node:timers/promises'
-import type { Timer } from '../../src/agent/waiting.ts'
+import type { Timer } from '../../src/client/waiting.ts'
 import type { Clock } from '../../src/clock.ts'
 
 export type VirtualTime = {

@@ -4,10 +4,10 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
 import type pg from 'pg'
-import { createKey } from '../../src/agent/csr.ts'
 import { auditEventsTable, type JournalEntry, startJournal } from '../../src/audit/journal.ts'
 import { canonicalJson, sealKeyFrom } from '../../src/audit/seals.ts'
 import { type Verification, verifyAudit } from '../../src/audit/verify.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { systemClock } from '../../src/clock.ts'
 import { maintainPartitions } from '../../src/db/partitions.ts'
 import { openOffline } from '../../src/server.ts'
@@ -204,7 +204,7 @@ test('kill -9 leaves a log that verifies, and the end of its chain can not be cu
   const settings = readSettings({ ...testEnvironment, DATABASE_URL: url })
   const offline = await openOffline(settings, log)
   const keyPem = createKey()
-  const { signingRequestFor } = await import('../../src/agent/csr.ts')
+  const { signingRequestFor } = await import('../../src/client/csr.ts')
   const csr = signingRequestFor(keyPem)
   const issued = await offline.issueOperator({ name: 'tester', role: 'admin', csr, validityMs: 3_600_000 })
   await offline.close()

@@ -1,6 +1,6 @@
 /** A device that a server has let in, by the calls that a real one makes, with a user and a service that it may reach. */
 import { credentials } from '@grpc/grpc-js'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import {
   AdminServiceClient,
   CreateEnrollmentTokenRequest,

@@ -5,7 +5,7 @@
 import { type ClientHttp2Stream, connect as connectHttp2 } from 'node:http2'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { connect, createSecureContext, type SecureContext, type TLSSocket } from 'node:tls'
-import { backoffDelayMs } from '../../src/agent/waiting.ts'
+import { backoffDelayMs } from '../../src/client/waiting.ts'
 import { HeartbeatRequest, HeartbeatResponse } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { Posture } from '../../src/gen/edgemesh/v1/types.ts'
 import { healthy } from '../support/healthy.ts'

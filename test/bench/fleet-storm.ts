@@ -1,5 +1,5 @@
 /** revoke.reach and storm.recovery: three instances, of which one dies. */
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { AdminServiceClient } from '../../src/gen/edgemesh/v1/admin.ts'
 import { percentile } from '../support/percentile.ts'
 import { startBareEcho } from './bare-echo-server.ts'

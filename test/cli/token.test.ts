@@ -3,8 +3,8 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
 import { saveCredentials } from '../../src/cli/operator-credentials.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { refused, shared, startEdgeMesh, tokenIdOf, unary } from '../support/edgemesh.ts'
 
 type Outcome = { exitCode: number; stdout: string; stderr: string }

@@ -3,7 +3,6 @@ import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { parse } from 'yaml'
-import { findOpa } from '../../policies/build.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
 import {
   clientsOf,
@@ -16,7 +15,7 @@ import {
 } from '../support/edgemesh.ts'
 import { healthy } from '../support/healthy.ts'
 import { prometheus, query, startPrometheus } from '../support/monitoring.ts'
-import { startOpa } from '../support/opa.ts'
+import { findOpa, startOpa } from '../support/opa.ts'
 import { serve } from '../support/serve.ts'
 
 const root = join(import.meta.dirname, '..', '..')

@@ -2,7 +2,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { credentials } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { HeartbeatRequest, HeartbeatServiceClient } from '../../src/gen/edgemesh/v1/heartbeat.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
 import {

@@ -1,5 +1,5 @@
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { Fault } from '../../src/fault.ts'
 import type { EnrollResponse } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'

@@ -7,7 +7,7 @@ import {
   type DescribedError,
   describeCallError,
   openChannel,
-} from '../../src/agent/channel.ts'
+} from '../../src/client/channel.ts'
 import { AdminServiceClient } from '../../src/gen/edgemesh/v1/admin.ts'
 import type { Findings } from './findings.ts'
 import type { Instance } from './instance.ts'

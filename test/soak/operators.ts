@@ -1,9 +1,8 @@
 /** What operators do all day, at whichever instance: each change is told to the oracle, and must hold from its answer on. */
-
 import { X509Certificate } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Credentials } from '../../src/agent/channel.ts'
-import { enrollDevice } from '../../src/agent/enroll.ts'
+import type { Credentials } from '../../src/client/channel.ts'
+import { enrollDevice } from '../../src/client/enroll.ts'
 import {
   type CreateEnrollmentTokenResponse,
   type ListDevicesResponse,

@@ -1,6 +1,6 @@
 /** The certificate authority of a running EdgeMesh, for certificates that the service itself would not issue. */
 import { createPrivateKey, createPublicKey } from 'node:crypto'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { systemClock } from '../../src/clock.ts'
 import { openDatabase } from '../../src/db/orm.ts'
 import { openAuthorities } from '../../src/identity/authorities.ts'

@@ -3,7 +3,7 @@
 import { type Client, credentials, Metadata, type ServiceError, status } from '@grpc/grpc-js'
 import type { ExecutionContext, TestFn } from 'ava'
 import pg from 'pg'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { type Clock, systemClock } from '../../src/clock.ts'
 import { AdminServiceClient, type CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { AuthorizeServiceClient } from '../../src/gen/edgemesh/v1/authorize.ts'

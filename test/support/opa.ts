@@ -4,7 +4,7 @@ import { once } from 'node:events'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { ExecutionContext } from 'ava'
-import { findOpa } from '../../policies/build.ts'
+import { findOpa } from '../../src/access/policy-compiler.ts'
 import { freePort } from './free-port.ts'
 
 export { findOpa }

@@ -1,4 +1,4 @@
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { openOffline } from '../../src/server.ts'
 import { readSettings } from '../../src/settings.ts'
 import { createLog } from '../../src/telemetry/log.ts'

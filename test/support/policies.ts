@@ -7,7 +7,7 @@ import { buffer } from 'node:stream/consumers'
 import { gzipSync } from 'node:zlib'
 import type { ExecutionContext } from 'ava'
 import { pack } from 'tar-stream'
-import { bundlePolicy } from '../../policies/build.ts'
+import { bundlePolicy } from '../../src/access/policy-compiler.ts'
 import { findOpa, policyDirectory } from './opa.ts'
 
 export const shippedWasm = readFileSync(join(policyDirectory, 'bundle', 'policy.wasm'))

@@ -5,9 +5,9 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { ExecutionContext } from 'ava'
 import type pg from 'pg'
-import { createKey } from '../../src/agent/csr.ts'
 import { sealKeyFrom } from '../../src/audit/seals.ts'
 import { verifyAudit } from '../../src/audit/verify.ts'
+import { createKey } from '../../src/client/csr.ts'
 import type { Answer } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { authorizations, heartbeats } from './device.ts'
 import {

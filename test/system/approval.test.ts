@@ -1,5 +1,5 @@
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { heartbeats } from '../support/device.ts'
 import {
   connect,

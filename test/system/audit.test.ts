@@ -1,6 +1,6 @@
 import { Writable } from 'node:stream'
 import test from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { authorizations, heartbeats } from '../support/device.ts'
 import { enrollOnce, eventually, refused, secrets, startEdgeMesh, unary } from '../support/edgemesh.ts'

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { connect } from 'node:net'
 import { Writable } from 'node:stream'
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import {
   clientsOf,

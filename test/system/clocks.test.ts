@@ -1,6 +1,6 @@
 /** Devices whose clock is wrong: they are served like all others, and they and their operators are told. */
 import test, { type ExecutionContext } from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { createChallenges } from '../../src/identity/challenge.ts'
 import { specialLeaves } from '../support/authority.ts'
 import { endOf, heartbeats } from '../support/device.ts'

@@ -1,6 +1,6 @@
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { type AuthorizeClient, authorizations, endOf, type HeartbeatClient, heartbeats } from '../support/device.ts'
 import {
   type Credentials,

@@ -1,6 +1,6 @@
 import { X509Certificate } from 'node:crypto'
 import test from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import type { DeviceDescription } from '../../src/gen/edgemesh/v1/types.ts'
 import { heartbeats } from '../support/device.ts'
 import {

@@ -19,7 +19,7 @@ import {
 } from '@grpc/grpc-js'
 import test from 'ava'
 import fc from 'fast-check'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { AdminServiceService } from '../../src/gen/edgemesh/v1/admin.ts'
 import { type AuthorizeRequest, AuthorizeServiceService } from '../../src/gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceService } from '../../src/gen/edgemesh/v1/enroll.ts'

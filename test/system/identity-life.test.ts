@@ -4,7 +4,7 @@
  */
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { specialLeaves } from '../support/authority.ts'
 import {

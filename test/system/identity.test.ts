@@ -2,7 +2,7 @@ import type { X509Certificate } from 'node:crypto'
 import { connect as connectTls } from 'node:tls'
 import type { ExecutionContext } from 'ava'
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { type SpecialLeaf, specialLeaves } from '../support/authority.ts'
 import { authorizations, endOf, heartbeats } from '../support/device.ts'
 import {

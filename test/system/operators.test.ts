@@ -1,6 +1,6 @@
 /** Operators who are taken back: at every instance at once, also while they renew. */
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import {
   type Credentials,
   type EdgeMesh,

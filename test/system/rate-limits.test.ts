@@ -1,6 +1,6 @@
 /** Rate limits on real servers: across instances, by the client's own address or by device. */
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
   clientsOf,

@@ -1,7 +1,7 @@
 import { createPrivateKey, createPublicKey, hash, X509Certificate } from 'node:crypto'
 import { Writable } from 'node:stream'
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { type SpecialLeaf, specialLeaves } from '../support/authority.ts'

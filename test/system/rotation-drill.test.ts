@@ -5,9 +5,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
-import { createKey } from '../../src/agent/csr.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
-import { loadState } from '../../src/agent/state.ts'
+import { createKey } from '../../src/client/csr.ts'
+import { loadState } from '../../src/client/state.ts'
 import { AuthorityRotationStage as Stage } from '../../src/gen/edgemesh/v1/admin.ts'
 import {
   type Credentials,

@@ -1,7 +1,7 @@
 /** Every answer carries the server's time, whatever kind of call it ends and however that ends. */
 import { Client, credentials, type StatusObject, status } from '@grpc/grpc-js'
 import test from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { type EdgeMesh, freshCsr, shared, startEdgeMesh, type TestDevice, unary } from '../support/edgemesh.ts'
 
 type Setting = EdgeMesh & { device: TestDevice; client(): Client }

@@ -4,7 +4,7 @@
  */
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import type { EnrollServiceClient } from '../../src/gen/edgemesh/v1/enroll.ts'
 import { DeviceType } from '../../src/gen/edgemesh/v1/types.ts'
 import { clientsOf, type EdgeMesh, startEdgeMesh, unary } from '../support/edgemesh.ts'

@@ -1,6 +1,6 @@
 import { X509Certificate } from 'node:crypto'
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import type { CreateEnrollmentTokenRequest } from '../../src/gen/edgemesh/v1/admin.ts'
 import { type DeviceDescription, DeviceStatus } from '../../src/gen/edgemesh/v1/types.ts'
 import { parseToken, secretMatches } from '../../src/identity/token-text.ts'

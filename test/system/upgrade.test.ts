@@ -6,9 +6,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import test, { type ExecutionContext } from 'ava'
 import type pg from 'pg'
 import { runAgent } from '../../src/agent/agent.ts'
-import { type EndedConnection, keepAuthorizations } from '../../src/agent/authorizations.ts'
-import { createKey } from '../../src/agent/csr.ts'
-import { loadState } from '../../src/agent/state.ts'
+import { type EndedConnection, keepAuthorizations } from '../../src/client/authorizations.ts'
+import { createKey } from '../../src/client/csr.ts'
+import { loadState } from '../../src/client/state.ts'
 import {
   type Credentials,
   clientsOf,

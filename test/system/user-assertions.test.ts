@@ -1,7 +1,7 @@
 /** Users who are named by a signed assertion, as devices, operators and Envoy see it. */
 import { credentials as grpcCredentials } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
-import { keepAuthorizations } from '../../src/agent/authorizations.ts'
+import { keepAuthorizations } from '../../src/client/authorizations.ts'
 import { systemClock } from '../../src/clock.ts'
 import { AuthorizationClient, CheckRequest } from '../../src/gen/envoy/service/auth/v3/external_auth.ts'
 import { authorizations, heartbeats } from '../support/device.ts'

@@ -7,7 +7,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { connect, type TLSSocket } from 'node:tls'
 import test, { type ExecutionContext } from 'ava'
-import { createKey } from '../../src/agent/csr.ts'
+import { createKey } from '../../src/client/csr.ts'
 import { endOf, heartbeats } from '../support/device.ts'
 import {
   type Credentials,

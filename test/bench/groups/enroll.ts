@@ -7,7 +7,7 @@
 import { execFileSync } from 'node:child_process'
 import { generateKeyPairSync, type KeyObject, randomBytes, sign, X509Certificate } from 'node:crypto'
 import { credentials, Metadata } from '@grpc/grpc-js'
-import { createKey, signingRequestFor } from '../../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../../src/client/csr.ts'
 import { AdminServiceClient, CreateEnrollmentTokenRequest } from '../../../src/gen/edgemesh/v1/admin.ts'
 import { EnrollServiceClient } from '../../../src/gen/edgemesh/v1/enroll.ts'
 import { DeviceDescription, DeviceType } from '../../../src/gen/edgemesh/v1/types.ts'

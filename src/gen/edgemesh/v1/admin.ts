@@ -39,7 +39,19 @@ export const protobufPackage = "edgemesh.v1";
 
 export const protobufFileName = "edgemesh/v1/admin.proto";
 
-export const EnrollmentTokenStatus = { UNSPECIFIED: 0, ACTIVE: 1, USED_UP: 2, EXPIRED: 3, REVOKED: 4 } as const;
+/** Whether a token may still be redeemed. */
+export const EnrollmentTokenStatus = {
+  /** UNSPECIFIED - Never sent. */
+  UNSPECIFIED: 0,
+  /** ACTIVE - It may. */
+  ACTIVE: 1,
+  /** USED_UP - It was, as often as it allows. */
+  USED_UP: 2,
+  /** EXPIRED - Its time is over. */
+  EXPIRED: 3,
+  /** REVOKED - An operator has ended it. */
+  REVOKED: 4,
+} as const;
 
 export type EnrollmentTokenStatus = typeof EnrollmentTokenStatus[keyof typeof EnrollmentTokenStatus];
 
@@ -68,7 +80,15 @@ export function enrollmentTokenStatusToJSON(object: EnrollmentTokenStatus): stri
   }
 }
 
-export const UserStatus = { UNSPECIFIED: 0, ACTIVE: 1, DISABLED: 2 } as const;
+/** Whether a user may connect. */
+export const UserStatus = {
+  /** UNSPECIFIED - Never sent, and not to be asked for. */
+  UNSPECIFIED: 0,
+  /** ACTIVE - May do what policy allows. */
+  ACTIVE: 1,
+  /** DISABLED - Every connection is denied. */
+  DISABLED: 2,
+} as const;
 
 export type UserStatus = typeof UserStatus[keyof typeof UserStatus];
 
@@ -91,7 +111,9 @@ export function userStatusToJSON(object: UserStatus): string {
   }
 }
 
+/** What becomes of a device that has not been seen for long. */
 export const LifecycleAction = {
+  /** UNSPECIFIED - Not to be asked for. */
   UNSPECIFIED: 0,
   /** QUARANTINE - As QuarantineDevice. */
   QUARANTINE: 1,
@@ -120,7 +142,15 @@ export function lifecycleActionToJSON(object: LifecycleAction): string {
   }
 }
 
-export const ServiceStatus = { UNSPECIFIED: 0, ACTIVE: 1, DISABLED: 2 } as const;
+/** Whether a service may be reached. */
+export const ServiceStatus = {
+  /** UNSPECIFIED - Never sent, and not to be asked for. */
+  UNSPECIFIED: 0,
+  /** ACTIVE - By whom policy allows it. */
+  ACTIVE: 1,
+  /** DISABLED - By nobody. */
+  DISABLED: 2,
+} as const;
 
 export type ServiceStatus = typeof ServiceStatus[keyof typeof ServiceStatus];
 
@@ -143,8 +173,11 @@ export function serviceStatusToJSON(object: ServiceStatus): string {
   }
 }
 
+/** Whether a connection is open. */
 export const ConnectionStatus = {
+  /** UNSPECIFIED - Never sent. As a filter: any. */
   UNSPECIFIED: 0,
+  /** ACTIVE - It is held on a stream, or waits to be resumed. */
   ACTIVE: 1,
   /** REVOKED - The server took it back. */
   REVOKED: 2,
@@ -176,7 +209,15 @@ export function connectionStatusToJSON(object: ConnectionStatus): string {
   }
 }
 
-export const AuditRecordKind = { UNSPECIFIED: 0, EVENT: 1, DECISION: 2 } as const;
+/** What is on record. */
+export const AuditRecordKind = {
+  /** UNSPECIFIED - Not to be asked for. */
+  UNSPECIFIED: 0,
+  /** EVENT - Calls. */
+  EVENT: 1,
+  /** DECISION - Answers to questions. */
+  DECISION: 2,
+} as const;
 
 export type AuditRecordKind = typeof AuditRecordKind[keyof typeof AuditRecordKind];
 
@@ -199,7 +240,19 @@ export function auditRecordKindToJSON(object: AuditRecordKind): string {
   }
 }
 
-export const AuthorityRotationStage = { UNSPECIFIED: 0, STABLE: 1, PUBLISHED: 2, ISSUING: 3, RETIRING: 4 } as const;
+/** How far the change from one authority to the next is. */
+export const AuthorityRotationStage = {
+  /** UNSPECIFIED - Never sent, and not to be asked for. */
+  UNSPECIFIED: 0,
+  /** STABLE - There is one authority. */
+  STABLE: 1,
+  /** PUBLISHED - The next one is trusted beside it, and issues nothing. */
+  PUBLISHED: 2,
+  /** ISSUING - The next one issues; what the last one has issued still counts. */
+  ISSUING: 3,
+  /** RETIRING - The last one is trusted no more. */
+  RETIRING: 4,
+} as const;
 
 export type AuthorityRotationStage = typeof AuthorityRotationStage[keyof typeof AuthorityRotationStage];
 
@@ -230,6 +283,7 @@ export function authorityRotationStageToJSON(object: AuthorityRotationStage): st
 
 /** What a certificate authority is there for. */
 export const AuthorityRole = {
+  /** UNSPECIFIED - Never sent. */
   UNSPECIFIED: 0,
   /** PREPARED - Loaded from a file, not trusted by anyone yet. */
   PREPARED: 1,
@@ -268,12 +322,17 @@ export function authorityRoleToJSON(object: AuthorityRole): string {
   }
 }
 
+/** What lets devices enroll. Its text is told once, when it is made. */
 export interface EnrollmentToken {
+  /** Names the token: the second part of its text, which may be shown. */
   id: string;
+  /** Where it stands now. */
   status: EnrollmentTokenStatus;
   /** How often it may be redeemed, and how often it has been. */
   usesMax: number;
+  /** See uses_max. */
   uses: number;
+  /** From then on it is refused. */
   expiresAt:
     | Date
     | undefined;
@@ -285,7 +344,9 @@ export interface EnrollmentToken {
   deviceId: string;
   /** A device that it enrolls waits for an operator's approval. */
   requiresApproval: boolean;
+  /** SPIFFE ID of the operator who made it. */
   createdBy: string;
+  /** When it was made. */
   createdAt:
     | Date
     | undefined;
@@ -304,25 +365,39 @@ export interface EnrollmentToken_LabelsEntry {
   value: string;
 }
 
+/** One use of a token. */
 export interface TokenRedemption {
+  /** The device that it has enrolled. */
   deviceId: string;
-  redeemedAt: Date | undefined;
+  /** When. */
+  redeemedAt:
+    | Date
+    | undefined;
+  /** The address that the device called from. */
   sourceAddress: string;
   /** SHA-256 of the key that redeemed it, hex. */
   publicKeySha256: string;
 }
 
+/** What CreateEnrollmentToken takes. */
 export interface CreateEnrollmentTokenRequest {
   /** 1 to 10,000; 0: 1, or any number where `reusable` is set. */
   usesMax: number;
   /** One minute to 365 days; absent: one hour. */
-  lifetime: Duration | undefined;
+  lifetime:
+    | Duration
+    | undefined;
+  /** Given to every device that it enrolls; bounds as in DeviceDescription. */
   labels: { [key: string]: string };
+  /** If set, only devices of this type. */
   deviceType: DeviceType;
+  /** If set, only this device. */
   deviceId: string;
+  /** Its devices wait for an operator's approval. */
   requiresApproval: boolean;
   /** See EnrollmentToken. */
   reusable: boolean;
+  /** If set, only devices whose id matches. See EnrollmentToken. */
   deviceIdPattern: string;
   /** 32 at most. */
   sourceNetworks: string[];
@@ -333,7 +408,9 @@ export interface CreateEnrollmentTokenRequest_LabelsEntry {
   value: string;
 }
 
+/** What CreateEnrollmentToken gives. */
 export interface CreateEnrollmentTokenResponse {
+  /** What can be told of it again. */
   token:
     | EnrollmentToken
     | undefined;
@@ -341,25 +418,37 @@ export interface CreateEnrollmentTokenResponse {
   tokenText: string;
 }
 
+/** What ListEnrollmentTokens takes. */
 export interface ListEnrollmentTokensRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
 }
 
+/** What ListEnrollmentTokens gives. */
 export interface ListEnrollmentTokensResponse {
+  /** A page of them. */
   tokens: EnrollmentToken[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What GetEnrollmentToken takes. */
 export interface GetEnrollmentTokenRequest {
+  /** The token's. */
   id: string;
 }
 
+/** What GetEnrollmentToken gives. */
 export interface GetEnrollmentTokenResponse {
+  /** The token, as it is now. */
   token: EnrollmentToken | undefined;
 }
 
+/** What RevokeEnrollmentToken takes. */
 export interface RevokeEnrollmentTokenRequest {
+  /** The token's. */
   id: string;
   /** Revoke all devices that it has enrolled, too: all of it or nothing. */
   revokeDevices: boolean;
@@ -367,7 +456,9 @@ export interface RevokeEnrollmentTokenRequest {
   reason: string;
 }
 
+/** What RevokeEnrollmentToken gives. */
 export interface RevokeEnrollmentTokenResponse {
+  /** The token, as it is now. */
   token:
     | EnrollmentToken
     | undefined;
@@ -375,22 +466,39 @@ export interface RevokeEnrollmentTokenResponse {
   devicesRevoked: number;
 }
 
+/** A device, as the server knows it. */
 export interface Device {
+  /** Names it; part of its SPIFFE ID. */
   id: string;
+  /** As it described itself. */
   type: DeviceType;
+  /** As it described itself, such as "linux". */
   os: string;
+  /** As it described itself, such as "6.1.0". */
   osVersion: string;
+  /** Its own, and over these the ones of its token. */
   labels: { [key: string]: string };
+  /** Where it stands in its life. */
   status: DeviceStatus;
+  /** Why an operator or a rule has changed its status last. */
   statusReason: string;
+  /** Such as "spiffe://edgemesh.local/device/alpha". */
   spiffeId: string;
-  enrolledAt: Date | undefined;
-  lastSeenAt: Date | undefined;
+  /** When it came in. */
+  enrolledAt:
+    | Date
+    | undefined;
+  /** When it last reported; absent where it never has. */
+  lastSeenAt:
+    | Date
+    | undefined;
+  /** Its health, as it last reported it; absent where it never has. */
   posture:
     | Posture
     | undefined;
   /** What of the posture misses the requirements. */
   failingPosture: string[];
+  /** The newest first. */
   certificates: Certificate[];
   /** How far its clock was ahead of the server's when it last reported; negative: behind. */
   clockOffset:
@@ -398,9 +506,13 @@ export interface Device {
     | undefined;
   /** The trust bundle that it goes by, as it last reported. */
   trustBundleId: string;
+  /** Whether it is there now. */
   presence: DevicePresence;
   /** Since when it has been there, and at which instance it is; absent while it is offline. */
-  presentSince: Date | undefined;
+  presentSince:
+    | Date
+    | undefined;
+  /** See present_since. */
   instanceId: string;
 }
 
@@ -409,19 +521,35 @@ export interface Device_LabelsEntry {
   value: string;
 }
 
+/** A certificate that was issued for a device. */
 export interface Certificate {
+  /** Hex. */
   serial: string;
+  /** SHA-256 of its DER, hex. */
   fingerprintSha256: string;
-  notBefore: Date | undefined;
-  notAfter: Date | undefined;
-  revokedAt: Date | undefined;
+  /** From when on it is valid. */
+  notBefore:
+    | Date
+    | undefined;
+  /** Until when it is valid. */
+  notAfter:
+    | Date
+    | undefined;
+  /** When it was taken back; absent where it was not. */
+  revokedAt:
+    | Date
+    | undefined;
+  /** Why it was taken back. */
   revocationReason: string;
   /** Key identifier of the authority that issued it, hex. */
   issuerKeyId: string;
 }
 
+/** What ListDevices takes. */
 export interface ListDevicesRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
   /** If set, only devices of this status. */
   status: DeviceStatus;
@@ -436,75 +564,111 @@ export interface ListDevicesRequest_LabelsEntry {
   value: string;
 }
 
+/** What ListDevices gives. */
 export interface ListDevicesResponse {
+  /** A page of them. */
   devices: Device[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What GetDevice takes. */
 export interface GetDeviceRequest {
+  /** The device's. */
   id: string;
 }
 
+/** What GetDevice gives. */
 export interface GetDeviceResponse {
+  /** The device, as it is now. */
   device: Device | undefined;
 }
 
+/** What ApproveDevice takes. */
 export interface ApproveDeviceRequest {
+  /** The device's. */
   id: string;
 }
 
+/** What ApproveDevice gives. */
 export interface ApproveDeviceResponse {
+  /** The device, as it is now. */
   device: Device | undefined;
 }
 
+/** What QuarantineDevice takes. */
 export interface QuarantineDeviceRequest {
+  /** The device's. */
   id: string;
   /** For people; 255 characters at most. */
   reason: string;
 }
 
+/** What QuarantineDevice gives. */
 export interface QuarantineDeviceResponse {
+  /** The device, as it is now. */
   device: Device | undefined;
 }
 
+/** What ReleaseDevice takes. */
 export interface ReleaseDeviceRequest {
+  /** The device's. */
   id: string;
 }
 
+/** What ReleaseDevice gives. */
 export interface ReleaseDeviceResponse {
+  /** The device, as it is now. */
   device: Device | undefined;
 }
 
+/** What RevokeDevice takes. */
 export interface RevokeDeviceRequest {
+  /** The device's. */
   id: string;
   /** For people; 255 characters at most. */
   reason: string;
 }
 
+/** What RevokeDevice gives. */
 export interface RevokeDeviceResponse {
+  /** The device, as it is now. */
   device: Device | undefined;
 }
 
+/** What DeleteDevice takes. */
 export interface DeleteDeviceRequest {
+  /** The device's. */
   id: string;
 }
 
+/** What DeleteDevice gives. */
 export interface DeleteDeviceResponse {
 }
 
+/** Somebody who connects to services. */
 export interface User {
+  /** Names the user in questions. */
   id: string;
+  /** Names the user in questions as well. */
   email: string;
+  /** For people. */
   name: string;
+  /** Such as "developer": what the user may reach is granted to roles. */
   role: string;
+  /** Whether the user may connect. */
   status: UserStatus;
+  /** When the user was made. */
   createdAt: Date | undefined;
 }
 
+/** What becomes of which devices when. */
 export interface LifecycleRule {
+  /** Names the rule. */
   id: string;
   /** Devices that carry all of these; none: every device. */
   labels: { [key: string]: string };
+  /** What is done to them. */
   action: LifecycleAction;
   /** Days without a report and without a stream. 1 to 3650. */
   unseenDays: number;
@@ -517,88 +681,135 @@ export interface LifecycleRule_LabelsEntry {
   value: string;
 }
 
+/** What SetLifecycleRule takes. */
 export interface SetLifecycleRuleRequest {
+  /** All of it; created_at is not looked at. */
   rule: LifecycleRule | undefined;
 }
 
+/** What SetLifecycleRule gives. */
 export interface SetLifecycleRuleResponse {
+  /** As it holds now. */
   rule: LifecycleRule | undefined;
 }
 
+/** What ListLifecycleRules takes. */
 export interface ListLifecycleRulesRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
 }
 
+/** What ListLifecycleRules gives. */
 export interface ListLifecycleRulesResponse {
+  /** A page of them. */
   rules: LifecycleRule[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What DeleteLifecycleRule takes. */
 export interface DeleteLifecycleRuleRequest {
+  /** The rule's. */
   id: string;
 }
 
+/** What DeleteLifecycleRule gives. */
 export interface DeleteLifecycleRuleResponse {
 }
 
+/** What CreateUser takes. */
 export interface CreateUserRequest {
   /** Lower-case letters, digits, '.', '_' and '-', 64 characters at most. Empty: the server chooses one. */
   id: string;
+  /** 254 characters at most. */
   email: string;
+  /** For people; 255 characters at most. */
   name: string;
   /** Such as "developer". */
   role: string;
 }
 
+/** What CreateUser gives. */
 export interface CreateUserResponse {
+  /** The user, as known now. */
   user: User | undefined;
 }
 
+/** What ListUsers takes. */
 export interface ListUsersRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
 }
 
+/** What ListUsers gives. */
 export interface ListUsersResponse {
+  /** A page of them. */
   users: User[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What GetUser takes. */
 export interface GetUserRequest {
   /** Id or e-mail address. */
   id: string;
 }
 
+/** What GetUser gives. */
 export interface GetUserResponse {
+  /** The user, as known now. */
   user: User | undefined;
 }
 
+/** What UpdateUser takes. */
 export interface UpdateUserRequest {
+  /** The user's. */
   id: string;
   /** What is absent stays as it is. */
-  name?: string | undefined;
-  role?: string | undefined;
+  name?:
+    | string
+    | undefined;
+  /** As in CreateUserRequest. */
+  role?:
+    | string
+    | undefined;
+  /** Active or disabled. */
   status?: UserStatus | undefined;
 }
 
+/** What UpdateUser gives. */
 export interface UpdateUserResponse {
+  /** The user, as known now. */
   user: User | undefined;
 }
 
+/** What DeleteUser takes. */
 export interface DeleteUserRequest {
+  /** The user's. */
   id: string;
 }
 
+/** What DeleteUser gives. */
 export interface DeleteUserResponse {
 }
 
+/** What devices may be allowed to reach. */
 export interface Service {
+  /** Names it in questions. */
   id: string;
+  /** For people. */
   name: string;
+  /** For policy, and for people. */
   labels: { [key: string]: string };
+  /** Who answers for it, for people. */
   owner: string;
+  /** Whether it may be reached. */
   status: ServiceStatus;
+  /** When it was made. */
   createdAt: Date | undefined;
 }
 
@@ -607,10 +818,15 @@ export interface Service_LabelsEntry {
   value: string;
 }
 
+/** What CreateService takes. */
 export interface CreateServiceRequest {
+  /** As in CreateUserRequest, but not empty. */
   id: string;
+  /** For people; 255 characters at most. */
   name: string;
+  /** Bounds as in DeviceDescription. */
   labels: { [key: string]: string };
+  /** Who answers for it, for people; 255 characters at most. */
   owner: string;
   /** Roles that may connect from the start. */
   roles: string[];
@@ -621,48 +837,75 @@ export interface CreateServiceRequest_LabelsEntry {
   value: string;
 }
 
+/** What CreateService gives. */
 export interface CreateServiceResponse {
+  /** The service, as it is now. */
   service: Service | undefined;
 }
 
+/** What ListServices takes. */
 export interface ListServicesRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
 }
 
+/** What ListServices gives. */
 export interface ListServicesResponse {
+  /** A page of them. */
   services: Service[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What GetService takes. */
 export interface GetServiceRequest {
+  /** The service's. */
   id: string;
 }
 
+/** What GetService gives. */
 export interface GetServiceResponse {
+  /** The service, as it is now. */
   service: Service | undefined;
 }
 
+/** What UpdateService takes. */
 export interface UpdateServiceRequest {
+  /** The service's. */
   id: string;
   /** What is absent stays as it is. */
-  name?: string | undefined;
-  owner?: string | undefined;
+  name?:
+    | string
+    | undefined;
+  /** As in CreateServiceRequest. */
+  owner?:
+    | string
+    | undefined;
+  /** Active or disabled. */
   status?: ServiceStatus | undefined;
 }
 
+/** What UpdateService gives. */
 export interface UpdateServiceResponse {
+  /** The service, as it is now. */
   service: Service | undefined;
 }
 
+/** What DeleteService takes. */
 export interface DeleteServiceRequest {
+  /** The service's. */
   id: string;
 }
 
+/** What DeleteService gives. */
 export interface DeleteServiceResponse {
 }
 
+/** What a role may do on a service. */
 export interface RoleGrant {
+  /** 1 to 63 lower-case letters, digits, '_' and '-', the first a letter. */
   role: string;
   /** A service's id, or "*" for every service. */
   service: string;
@@ -670,82 +913,137 @@ export interface RoleGrant {
   actions: string[];
 }
 
+/** What SetRoleGrant takes. */
 export interface SetRoleGrantRequest {
+  /** All of it; 1 to 32 actions. */
   grant: RoleGrant | undefined;
 }
 
+/** What SetRoleGrant gives. */
 export interface SetRoleGrantResponse {
+  /** As it holds now. */
   grant: RoleGrant | undefined;
 }
 
+/** What ListRoleGrants takes. */
 export interface ListRoleGrantsRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
 }
 
+/** What ListRoleGrants gives. */
 export interface ListRoleGrantsResponse {
+  /** A page of them. */
   grants: RoleGrant[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What DeleteRoleGrant takes. */
 export interface DeleteRoleGrantRequest {
+  /** As in the grant. */
   role: string;
+  /** As in the grant: "*" takes away what is granted on every service, and no more than that. */
   service: string;
 }
 
+/** What DeleteRoleGrant gives. */
 export interface DeleteRoleGrantResponse {
 }
 
+/** An allowed connection, and what has become of it. */
 export interface Connection {
+  /** The connection_id of the answer that allowed it. */
   id: string;
+  /** From where. */
   deviceId: string;
+  /** Who. */
   userId: string;
+  /** Where to. */
   serviceId: string;
+  /** What to do there, such as "connect". */
   action: string;
+  /** Whether it is open. */
   status: ConnectionStatus;
-  grantedAt: Date | undefined;
-  endedAt: Date | undefined;
+  /** When it was allowed. */
+  grantedAt:
+    | Date
+    | undefined;
+  /** When it ended; absent while it is open. */
+  endedAt:
+    | Date
+    | undefined;
+  /** Why it was taken back. */
   reasons: Reason[];
+  /** The decision that it rests on, or that took it back. */
   decisionId: string;
+  /** The instance that holds it, or held it last. */
   instanceId: string;
   /** The stream that held it is gone: until when the device may resume it, else it is closed. */
   resumeBy: Date | undefined;
 }
 
+/** What ListConnections takes. */
 export interface ListConnectionsRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
+  /** If set, only connections of this device. */
   deviceId: string;
+  /** If set, only connections of this status. */
   status: ConnectionStatus;
 }
 
+/** What ListConnections gives. */
 export interface ListConnectionsResponse {
+  /** A page of them. */
   connections: Connection[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What CloseConnection takes. */
 export interface CloseConnectionRequest {
+  /** The connection's. */
   id: string;
   /** For people; 255 characters at most. */
   reason: string;
 }
 
+/** What CloseConnection gives. */
 export interface CloseConnectionResponse {
+  /** The connection, as it is now. */
   connection: Connection | undefined;
 }
 
+/** An answer on record. */
 export interface Decision {
+  /** The decision_id of the answer. */
   id: string;
-  decidedAt: Date | undefined;
+  /** When it was given. */
+  decidedAt:
+    | Date
+    | undefined;
+  /** The device that was asked about. */
   deviceId: string;
+  /** The user, as asked. */
   user: string;
+  /** The service, as asked. */
   service: string;
+  /** The action, as asked. */
   action: string;
+  /** What the answer was. */
   allowed: boolean;
+  /** Why not. Empty when allowed. */
   reasons: Reason[];
+  /** Names the policy that decided. */
   policyRevision: string;
   /** Who asked. */
   caller: string;
+  /** The instance that answered. */
   instanceId: string;
   /** What policy was given. */
   input:
@@ -777,6 +1075,7 @@ export interface Explanation {
   rules: RuleFinding[];
 }
 
+/** One rule, and whether it holds. */
 export interface RuleFinding {
   /** The fact that the rule looks at, such as "device.health.disk_encrypted". */
   field: string;
@@ -784,12 +1083,17 @@ export interface RuleFinding {
   actual: string;
   /** What it has to be, or that nothing is required. */
   required: string;
+  /** Whether the actual value is what is required. */
   holds: boolean;
 }
 
+/** What ListDecisions takes. */
 export interface ListDecisionsRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
+  /** If set, only decisions about this device. */
   deviceId: string;
   /** Not before this. */
   after:
@@ -799,18 +1103,25 @@ export interface ListDecisionsRequest {
   before: Date | undefined;
 }
 
+/** What ListDecisions gives. */
 export interface ListDecisionsResponse {
+  /** A page of them. */
   decisions: Decision[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** What GetDecision takes. */
 export interface GetDecisionRequest {
+  /** The decision's. */
   id: string;
   /** Also how the policy of now explains it. */
   explain: boolean;
 }
 
+/** What GetDecision gives. */
 export interface GetDecisionResponse {
+  /** The decision, as it is now. */
   decision:
     | Decision
     | undefined;
@@ -818,8 +1129,11 @@ export interface GetDecisionResponse {
   explanation: Explanation | undefined;
 }
 
+/** One call on record, whatever came of it. */
 export interface AuditEvent {
+  /** A UUID: what to know the event again by. */
   id: string;
+  /** When the call began; in an event about the end of a stream, when it ended. */
   at:
     | Date
     | undefined;
@@ -829,36 +1143,59 @@ export interface AuditEvent {
   method: string;
   /** What was acted on, such as "device/alpha". */
   target: string;
+  /** From where; behind a load balancer that is trusted, as that tells it. */
   sourceAddress: string;
   /** Canonical gRPC code, such as "OK" or "UNAUTHENTICATED". */
   code: string;
   /** Stable reason, where the code is not OK. */
   reason: string;
-  detail: { [key: string]: any } | undefined;
+  /** What is worth keeping beyond that, by method. Never a secret. */
+  detail:
+    | { [key: string]: any }
+    | undefined;
+  /** The instance that answered. */
   instanceId: string;
 }
 
+/** What SearchAuditEvents takes. */
 export interface SearchAuditEventsRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
+  /** If set, only what this SPIFFE ID, or "anonymous", has called. */
   actor: string;
+  /** If set, only calls of this method, such as "/edgemesh.v1.AdminService/RevokeDevice". */
   method: string;
+  /** If set, only calls that acted on this, such as "device/alpha". */
   target: string;
+  /** If set, only calls that ended with this canonical code, such as "OK". */
   code: string;
-  after: Date | undefined;
+  /** Not before this. */
+  after:
+    | Date
+    | undefined;
+  /** Before this. */
   before: Date | undefined;
 }
 
+/** What SearchAuditEvents gives. */
 export interface SearchAuditEventsResponse {
+  /** A page of them, the newest first. */
   events: AuditEvent[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
 /** Filters match whole values. What the stream begins with is one of these: after_checkpoint, since, last. */
 export interface TailAuditEventsRequest {
+  /** As in SearchAuditEventsRequest. */
   actor: string;
+  /** As in SearchAuditEventsRequest. */
   method: string;
+  /** As in SearchAuditEventsRequest. */
   target: string;
+  /** As in SearchAuditEventsRequest. */
   code: string;
   /** Begins with so many of the newest events, 1,000 at most. */
   last: number;
@@ -870,7 +1207,9 @@ export interface TailAuditEventsRequest {
   afterCheckpoint: string;
 }
 
+/** What TailAuditEvents gives. */
 export interface TailAuditEventsResponse {
+  /** Absent in a message that carries a checkpoint. */
   event:
     | AuditEvent
     | undefined;
@@ -881,6 +1220,7 @@ export interface TailAuditEventsResponse {
   checkpoint: string;
 }
 
+/** What ExportAuditRecords takes. */
 export interface ExportAuditRecordsRequest {
   /** Only these kinds; none: all. */
   kinds: AuditRecordKind[];
@@ -898,22 +1238,40 @@ export interface ExportAuditRecordsRequest {
   follow: boolean;
 }
 
+/** What ExportAuditRecords gives. */
 export interface ExportAuditRecordsResponse {
+  /** Absent in a message that carries a checkpoint. */
   record:
-    | { $case: "event"; value: AuditEvent }
-    | { $case: "decision"; value: Decision }
+    | //
+    /** A call. */
+    { $case: "event"; value: AuditEvent }
+    | //
+    /** An answer to a question. */
+    { $case: "decision"; value: Decision }
     | undefined;
   /** In a message of its own, the last of the stream among them: where to go on. */
   checkpoint: string;
 }
 
+/** What GetAuthority takes. */
 export interface GetAuthorityRequest {
 }
 
+/** What GetAuthority gives. */
 export interface GetAuthorityResponse {
-  trustBundle: TrustBundle | undefined;
-  rootNotAfter: Date | undefined;
-  intermediateNotAfter: Date | undefined;
+  /** What everyone trusts now. */
+  trustBundle:
+    | TrustBundle
+    | undefined;
+  /** When the root of the authority that issues expires. */
+  rootNotAfter:
+    | Date
+    | undefined;
+  /** When the certificate that issues expires. */
+  intermediateNotAfter:
+    | Date
+    | undefined;
+  /** How far a change of the authority is. */
   rotationStage: AuthorityRotationStage;
   /** SHA-256 of the root's public key: what enrollment tokens pin. */
   rootKeySha256: string;
@@ -923,17 +1281,25 @@ export interface GetAuthorityResponse {
   progress: RotationProgress | undefined;
 }
 
+/** One authority: a root, and the certificate under it that issues. */
 export interface CertificateAuthority {
   /** Grows with each authority, from 1. */
   generation: number;
+  /** What it is there for now. */
   role: AuthorityRole;
+  /** SHA-256 of its root's public key, hex. */
   rootKeySha256: string;
+  /** When its root expires. */
   rootNotAfter:
     | Date
     | undefined;
   /** Key identifier of the certificate that issues, hex. */
   issuerKeyId: string;
-  issuerNotAfter: Date | undefined;
+  /** When the certificate that issues expires. */
+  issuerNotAfter:
+    | Date
+    | undefined;
+  /** When it was made, or loaded. */
   createdAt:
     | Date
     | undefined;
@@ -946,15 +1312,19 @@ export interface CertificateAuthority {
  * expired, and operators who do.
  */
 export interface RotationProgress {
+  /** How many devices are counted. */
   devices: number;
   /** Have reported that they trust the new root. */
   devicesTrusting: number;
   /** Report with a certificate of the new authority; or hold one, where they have never reported. */
   devicesCertified: number;
+  /** How many operators are counted. */
   operators: number;
+  /** Hold a certificate of the new authority. */
   operatorsCertified: number;
 }
 
+/** What RotateAuthority takes. */
 export interface RotateAuthorityRequest {
   /** The stage to go to: one step on, or one step back. */
   stage: AuthorityRotationStage;
@@ -962,13 +1332,19 @@ export interface RotateAuthorityRequest {
   force: boolean;
 }
 
+/** What RotateAuthority gives. */
 export interface RotateAuthorityResponse {
+  /** The stage that holds now. */
   stage: AuthorityRotationStage;
+  /** How far the fleet is with it. */
   progress: RotationProgress | undefined;
 }
 
+/** What ListRotationProgress takes. */
 export interface ListRotationProgressRequest {
+  /** 1 to 1,000; 0: 100. */
   pageSize: number;
+  /** next_page_token of the page before, with the same filters; empty: the first page. */
   pageToken: string;
   /**
    * Only those whom the next stage would leave behind: while the new root is published, devices that do not trust it yet;
@@ -977,11 +1353,15 @@ export interface ListRotationProgressRequest {
   behindOnly: boolean;
 }
 
+/** What ListRotationProgress gives. */
 export interface ListRotationProgressResponse {
+  /** A page of them. */
   holders: HolderProgress[];
+  /** Asks for the next page; empty: this is the last. */
   nextPageToken: string;
 }
 
+/** How far one device or operator is with a rotation. */
 export interface HolderProgress {
   /** Such as "spiffe://edgemesh.local/device/alpha". */
   spiffeId: string;
@@ -989,6 +1369,7 @@ export interface HolderProgress {
   trusting: boolean;
   /** Reports with a certificate of the new authority, or holds one, where it has never reported. */
   certified: boolean;
+  /** When it last reported; absent where it never has. */
   lastSeenAt:
     | Date
     | undefined;
@@ -998,13 +1379,23 @@ export interface HolderProgress {
 
 /** What the shipped policy requires of a device. */
 export interface PostureRequirements {
+  /** All security patches have to be installed. */
   patchesCurrent: boolean;
+  /** An antivirus has to be running. */
   antivirusEnabled: boolean;
+  /** Local disks have to be encrypted. */
   diskEncrypted: boolean;
+  /** A host firewall has to be active. */
   firewallEnabled: boolean;
   /** The value has to be under these. Absent: no limit. */
-  cpuPercentMax?: number | undefined;
-  memoryPercentMax?: number | undefined;
+  cpuPercentMax?:
+    | number
+    | undefined;
+  /** See cpu_percent_max. */
+  memoryPercentMax?:
+    | number
+    | undefined;
+  /** See cpu_percent_max. */
   diskPercentMax?: number | undefined;
 }
 
@@ -1016,11 +1407,15 @@ export interface BusinessHours {
   days: string[];
   /** Minutes since midnight; the end is exclusive. */
   startMinute: number;
+  /** See start_minute. */
   endMinute: number;
+  /** Roles that may connect at any time, such as "admin". */
   exemptRoles: string[];
 }
 
+/** The facts that the shipped policy rests on, beside what is known of devices, users and services. */
 export interface PolicyData {
+  /** What a device has to be like. */
   requirements:
     | PostureRequirements
     | undefined;
@@ -1028,13 +1423,17 @@ export interface PolicyData {
   hours: BusinessHours | undefined;
 }
 
+/** What GetPolicyState takes. */
 export interface GetPolicyStateRequest {
 }
 
+/** What GetPolicyState gives. */
 export interface GetPolicyStateResponse {
+  /** Names the policy that decides. */
   revision: string;
   /** "in-process" or "opa-server". */
   engine: string;
+  /** What it rests on. */
   data:
     | PolicyData
     | undefined;
@@ -1056,27 +1455,35 @@ export interface GetPolicyStateResponse {
 
 /** A policy that was put in place and not taken; the one before it goes on deciding. */
 export interface RefusedPolicy {
+  /** What is wrong with it. */
   problem: string;
   /** How to mend it. */
   hint: string;
+  /** Since when it is refused. */
   since: Date | undefined;
 }
 
+/** What UpdatePolicyData takes. */
 export interface UpdatePolicyDataRequest {
   /** Replaces all of it. */
   data: PolicyData | undefined;
 }
 
+/** What UpdatePolicyData gives. */
 export interface UpdatePolicyDataResponse {
+  /** As it holds now. */
   data: PolicyData | undefined;
 }
 
+/** What RevokeOperator takes. */
 export interface RevokeOperatorRequest {
+  /** The operator's, as in "spiffe://edgemesh.local/operator/ada": "ada". */
   name: string;
   /** For people; 255 characters at most. */
   reason: string;
 }
 
+/** What RevokeOperator gives. */
 export interface RevokeOperatorResponse {
   /** How many certificates this call has revoked: none where the operator was out before. */
   certificatesRevoked: number;
@@ -11439,6 +11846,7 @@ export const AdminServiceService = {
       Buffer.from(CreateEnrollmentTokenResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateEnrollmentTokenResponse => CreateEnrollmentTokenResponse.decode(value),
   },
+  /** All tokens, whatever has become of them. */
   listEnrollmentTokens: {
     path: "/edgemesh.v1.AdminService/ListEnrollmentTokens" as const,
     requestStream: false as const,
@@ -11450,6 +11858,7 @@ export const AdminServiceService = {
       Buffer.from(ListEnrollmentTokensResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListEnrollmentTokensResponse => ListEnrollmentTokensResponse.decode(value),
   },
+  /** One token, with who has redeemed it. */
   getEnrollmentToken: {
     path: "/edgemesh.v1.AdminService/GetEnrollmentToken" as const,
     requestStream: false as const,
@@ -11473,6 +11882,7 @@ export const AdminServiceService = {
       Buffer.from(RevokeEnrollmentTokenResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): RevokeEnrollmentTokenResponse => RevokeEnrollmentTokenResponse.decode(value),
   },
+  /** All devices but those that were deleted. */
   listDevices: {
     path: "/edgemesh.v1.AdminService/ListDevices" as const,
     requestStream: false as const,
@@ -11482,6 +11892,7 @@ export const AdminServiceService = {
     responseSerialize: (value: ListDevicesResponse): Buffer => Buffer.from(ListDevicesResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListDevicesResponse => ListDevicesResponse.decode(value),
   },
+  /** One device, with its health and its certificates. */
   getDevice: {
     path: "/edgemesh.v1.AdminService/GetDevice" as const,
     requestStream: false as const,
@@ -11562,6 +11973,7 @@ export const AdminServiceService = {
       Buffer.from(SetLifecycleRuleResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): SetLifecycleRuleResponse => SetLifecycleRuleResponse.decode(value),
   },
+  /** All rules for devices that have not been seen for long. */
   listLifecycleRules: {
     path: "/edgemesh.v1.AdminService/ListLifecycleRules" as const,
     requestStream: false as const,
@@ -11573,6 +11985,7 @@ export const AdminServiceService = {
       Buffer.from(ListLifecycleRulesResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListLifecycleRulesResponse => ListLifecycleRulesResponse.decode(value),
   },
+  /** Takes a rule away. What it has done stays done. */
   deleteLifecycleRule: {
     path: "/edgemesh.v1.AdminService/DeleteLifecycleRule" as const,
     requestStream: false as const,
@@ -11584,6 +11997,7 @@ export const AdminServiceService = {
       Buffer.from(DeleteLifecycleRuleResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteLifecycleRuleResponse => DeleteLifecycleRuleResponse.decode(value),
   },
+  /** Makes a user, who is active at once. ALREADY_EXISTS where the id or the e-mail address is taken. */
   createUser: {
     path: "/edgemesh.v1.AdminService/CreateUser" as const,
     requestStream: false as const,
@@ -11593,6 +12007,7 @@ export const AdminServiceService = {
     responseSerialize: (value: CreateUserResponse): Buffer => Buffer.from(CreateUserResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateUserResponse => CreateUserResponse.decode(value),
   },
+  /** All users. */
   listUsers: {
     path: "/edgemesh.v1.AdminService/ListUsers" as const,
     requestStream: false as const,
@@ -11602,6 +12017,7 @@ export const AdminServiceService = {
     responseSerialize: (value: ListUsersResponse): Buffer => Buffer.from(ListUsersResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListUsersResponse => ListUsersResponse.decode(value),
   },
+  /** One user, by id or e-mail address. */
   getUser: {
     path: "/edgemesh.v1.AdminService/GetUser" as const,
     requestStream: false as const,
@@ -11611,6 +12027,7 @@ export const AdminServiceService = {
     responseSerialize: (value: GetUserResponse): Buffer => Buffer.from(GetUserResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetUserResponse => GetUserResponse.decode(value),
   },
+  /** Changes a user; open connections feel it at once. */
   updateUser: {
     path: "/edgemesh.v1.AdminService/UpdateUser" as const,
     requestStream: false as const,
@@ -11620,6 +12037,7 @@ export const AdminServiceService = {
     responseSerialize: (value: UpdateUserResponse): Buffer => Buffer.from(UpdateUserResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): UpdateUserResponse => UpdateUserResponse.decode(value),
   },
+  /** Removes a user; open connections end at once. */
   deleteUser: {
     path: "/edgemesh.v1.AdminService/DeleteUser" as const,
     requestStream: false as const,
@@ -11629,6 +12047,7 @@ export const AdminServiceService = {
     responseSerialize: (value: DeleteUserResponse): Buffer => Buffer.from(DeleteUserResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteUserResponse => DeleteUserResponse.decode(value),
   },
+  /** Makes a service that devices may be allowed to reach. ALREADY_EXISTS where the id is taken. */
   createService: {
     path: "/edgemesh.v1.AdminService/CreateService" as const,
     requestStream: false as const,
@@ -11639,6 +12058,7 @@ export const AdminServiceService = {
       Buffer.from(CreateServiceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateServiceResponse => CreateServiceResponse.decode(value),
   },
+  /** All services. */
   listServices: {
     path: "/edgemesh.v1.AdminService/ListServices" as const,
     requestStream: false as const,
@@ -11649,6 +12069,7 @@ export const AdminServiceService = {
       Buffer.from(ListServicesResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListServicesResponse => ListServicesResponse.decode(value),
   },
+  /** One service. */
   getService: {
     path: "/edgemesh.v1.AdminService/GetService" as const,
     requestStream: false as const,
@@ -11658,6 +12079,7 @@ export const AdminServiceService = {
     responseSerialize: (value: GetServiceResponse): Buffer => Buffer.from(GetServiceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetServiceResponse => GetServiceResponse.decode(value),
   },
+  /** Changes a service; open connections feel it at once. */
   updateService: {
     path: "/edgemesh.v1.AdminService/UpdateService" as const,
     requestStream: false as const,
@@ -11668,6 +12090,7 @@ export const AdminServiceService = {
       Buffer.from(UpdateServiceResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): UpdateServiceResponse => UpdateServiceResponse.decode(value),
   },
+  /** Removes a service; open connections end at once. */
   deleteService: {
     path: "/edgemesh.v1.AdminService/DeleteService" as const,
     requestStream: false as const,
@@ -11689,6 +12112,7 @@ export const AdminServiceService = {
       Buffer.from(SetRoleGrantResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): SetRoleGrantResponse => SetRoleGrantResponse.decode(value),
   },
+  /** What all roles may do on which services. */
   listRoleGrants: {
     path: "/edgemesh.v1.AdminService/ListRoleGrants" as const,
     requestStream: false as const,
@@ -11700,6 +12124,7 @@ export const AdminServiceService = {
       Buffer.from(ListRoleGrantsResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListRoleGrantsResponse => ListRoleGrantsResponse.decode(value),
   },
+  /** Takes away what a role may do on a service; open connections that rest on it end at once. */
   deleteRoleGrant: {
     path: "/edgemesh.v1.AdminService/DeleteRoleGrant" as const,
     requestStream: false as const,
@@ -11711,6 +12136,7 @@ export const AdminServiceService = {
       Buffer.from(DeleteRoleGrantResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteRoleGrantResponse => DeleteRoleGrantResponse.decode(value),
   },
+  /** Connections, open and ended, the newest first. Those that were closed in their first seconds are not among them. */
   listConnections: {
     path: "/edgemesh.v1.AdminService/ListConnections" as const,
     requestStream: false as const,
@@ -11734,6 +12160,7 @@ export const AdminServiceService = {
       Buffer.from(CloseConnectionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CloseConnectionResponse => CloseConnectionResponse.decode(value),
   },
+  /** Decisions on record, the newest first. */
   listDecisions: {
     path: "/edgemesh.v1.AdminService/ListDecisions" as const,
     requestStream: false as const,
@@ -11744,6 +12171,7 @@ export const AdminServiceService = {
       Buffer.from(ListDecisionsResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ListDecisionsResponse => ListDecisionsResponse.decode(value),
   },
+  /** One decision, with what policy was given. */
   getDecision: {
     path: "/edgemesh.v1.AdminService/GetDecision" as const,
     requestStream: false as const,
@@ -11753,6 +12181,7 @@ export const AdminServiceService = {
     responseSerialize: (value: GetDecisionResponse): Buffer => Buffer.from(GetDecisionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetDecisionResponse => GetDecisionResponse.decode(value),
   },
+  /** Calls on record, the newest first. */
   searchAuditEvents: {
     path: "/edgemesh.v1.AdminService/SearchAuditEvents" as const,
     requestStream: false as const,
@@ -11855,6 +12284,7 @@ export const AdminServiceService = {
       Buffer.from(GetPolicyStateResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetPolicyStateResponse => GetPolicyStateResponse.decode(value),
   },
+  /** Replaces the posture requirements and the business hours; open connections are decided anew at once. */
   updatePolicyData: {
     path: "/edgemesh.v1.AdminService/UpdatePolicyData" as const,
     requestStream: false as const,
@@ -11871,11 +12301,15 @@ export const AdminServiceService = {
 export interface AdminServiceServer extends UntypedServiceImplementation {
   /** Makes an enrollment token. Its text is in this answer and nowhere else. */
   createEnrollmentToken: handleUnaryCall<CreateEnrollmentTokenRequest, CreateEnrollmentTokenResponse>;
+  /** All tokens, whatever has become of them. */
   listEnrollmentTokens: handleUnaryCall<ListEnrollmentTokensRequest, ListEnrollmentTokensResponse>;
+  /** One token, with who has redeemed it. */
   getEnrollmentToken: handleUnaryCall<GetEnrollmentTokenRequest, GetEnrollmentTokenResponse>;
   /** Ends a token, and with revoke_devices all that it has enrolled. */
   revokeEnrollmentToken: handleUnaryCall<RevokeEnrollmentTokenRequest, RevokeEnrollmentTokenResponse>;
+  /** All devices but those that were deleted. */
   listDevices: handleUnaryCall<ListDevicesRequest, ListDevicesResponse>;
+  /** One device, with its health and its certificates. */
   getDevice: handleUnaryCall<GetDeviceRequest, GetDeviceResponse>;
   /** pending -> active. */
   approveDevice: handleUnaryCall<ApproveDeviceRequest, ApproveDeviceResponse>;
@@ -11892,27 +12326,45 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   deleteDevice: handleUnaryCall<DeleteDeviceRequest, DeleteDeviceResponse>;
   /** What becomes of devices that have not been seen for long. Replaces the rule of the same id. */
   setLifecycleRule: handleUnaryCall<SetLifecycleRuleRequest, SetLifecycleRuleResponse>;
+  /** All rules for devices that have not been seen for long. */
   listLifecycleRules: handleUnaryCall<ListLifecycleRulesRequest, ListLifecycleRulesResponse>;
+  /** Takes a rule away. What it has done stays done. */
   deleteLifecycleRule: handleUnaryCall<DeleteLifecycleRuleRequest, DeleteLifecycleRuleResponse>;
+  /** Makes a user, who is active at once. ALREADY_EXISTS where the id or the e-mail address is taken. */
   createUser: handleUnaryCall<CreateUserRequest, CreateUserResponse>;
+  /** All users. */
   listUsers: handleUnaryCall<ListUsersRequest, ListUsersResponse>;
+  /** One user, by id or e-mail address. */
   getUser: handleUnaryCall<GetUserRequest, GetUserResponse>;
+  /** Changes a user; open connections feel it at once. */
   updateUser: handleUnaryCall<UpdateUserRequest, UpdateUserResponse>;
+  /** Removes a user; open connections end at once. */
   deleteUser: handleUnaryCall<DeleteUserRequest, DeleteUserResponse>;
+  /** Makes a service that devices may be allowed to reach. ALREADY_EXISTS where the id is taken. */
   createService: handleUnaryCall<CreateServiceRequest, CreateServiceResponse>;
+  /** All services. */
   listServices: handleUnaryCall<ListServicesRequest, ListServicesResponse>;
+  /** One service. */
   getService: handleUnaryCall<GetServiceRequest, GetServiceResponse>;
+  /** Changes a service; open connections feel it at once. */
   updateService: handleUnaryCall<UpdateServiceRequest, UpdateServiceResponse>;
+  /** Removes a service; open connections end at once. */
   deleteService: handleUnaryCall<DeleteServiceRequest, DeleteServiceResponse>;
   /** What a role may do on a service. Replaces what was granted before. */
   setRoleGrant: handleUnaryCall<SetRoleGrantRequest, SetRoleGrantResponse>;
+  /** What all roles may do on which services. */
   listRoleGrants: handleUnaryCall<ListRoleGrantsRequest, ListRoleGrantsResponse>;
+  /** Takes away what a role may do on a service; open connections that rest on it end at once. */
   deleteRoleGrant: handleUnaryCall<DeleteRoleGrantRequest, DeleteRoleGrantResponse>;
+  /** Connections, open and ended, the newest first. Those that were closed in their first seconds are not among them. */
   listConnections: handleUnaryCall<ListConnectionsRequest, ListConnectionsResponse>;
   /** Revokes one lease, wherever it is held. */
   closeConnection: handleUnaryCall<CloseConnectionRequest, CloseConnectionResponse>;
+  /** Decisions on record, the newest first. */
   listDecisions: handleUnaryCall<ListDecisionsRequest, ListDecisionsResponse>;
+  /** One decision, with what policy was given. */
   getDecision: handleUnaryCall<GetDecisionRequest, GetDecisionResponse>;
+  /** Calls on record, the newest first. */
   searchAuditEvents: handleUnaryCall<SearchAuditEventsRequest, SearchAuditEventsResponse>;
   /** Follows the audit log as it is written, by whichever instance: each event once, in the order of the commits. */
   tailAuditEvents: handleServerStreamingCall<TailAuditEventsRequest, TailAuditEventsResponse>;
@@ -11936,6 +12388,7 @@ export interface AdminServiceServer extends UntypedServiceImplementation {
   revokeOperator: handleUnaryCall<RevokeOperatorRequest, RevokeOperatorResponse>;
   /** Which policy decides, and the facts that it rests on: posture requirements and business hours. */
   getPolicyState: handleUnaryCall<GetPolicyStateRequest, GetPolicyStateResponse>;
+  /** Replaces the posture requirements and the business hours; open connections are decided anew at once. */
   updatePolicyData: handleUnaryCall<UpdatePolicyDataRequest, UpdatePolicyDataResponse>;
 }
 
@@ -11956,6 +12409,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateEnrollmentTokenResponse) => void,
   ): ClientUnaryCall;
+  /** All tokens, whatever has become of them. */
   listEnrollmentTokens(
     request: ListEnrollmentTokensRequest,
     callback: (error: ServiceError | null, response: ListEnrollmentTokensResponse) => void,
@@ -11971,6 +12425,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListEnrollmentTokensResponse) => void,
   ): ClientUnaryCall;
+  /** One token, with who has redeemed it. */
   getEnrollmentToken(
     request: GetEnrollmentTokenRequest,
     callback: (error: ServiceError | null, response: GetEnrollmentTokenResponse) => void,
@@ -12002,6 +12457,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: RevokeEnrollmentTokenResponse) => void,
   ): ClientUnaryCall;
+  /** All devices but those that were deleted. */
   listDevices(
     request: ListDevicesRequest,
     callback: (error: ServiceError | null, response: ListDevicesResponse) => void,
@@ -12017,6 +12473,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListDevicesResponse) => void,
   ): ClientUnaryCall;
+  /** One device, with its health and its certificates. */
   getDevice(
     request: GetDeviceRequest,
     callback: (error: ServiceError | null, response: GetDeviceResponse) => void,
@@ -12131,6 +12588,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: SetLifecycleRuleResponse) => void,
   ): ClientUnaryCall;
+  /** All rules for devices that have not been seen for long. */
   listLifecycleRules(
     request: ListLifecycleRulesRequest,
     callback: (error: ServiceError | null, response: ListLifecycleRulesResponse) => void,
@@ -12146,6 +12604,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListLifecycleRulesResponse) => void,
   ): ClientUnaryCall;
+  /** Takes a rule away. What it has done stays done. */
   deleteLifecycleRule(
     request: DeleteLifecycleRuleRequest,
     callback: (error: ServiceError | null, response: DeleteLifecycleRuleResponse) => void,
@@ -12161,6 +12620,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteLifecycleRuleResponse) => void,
   ): ClientUnaryCall;
+  /** Makes a user, who is active at once. ALREADY_EXISTS where the id or the e-mail address is taken. */
   createUser(
     request: CreateUserRequest,
     callback: (error: ServiceError | null, response: CreateUserResponse) => void,
@@ -12176,6 +12636,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateUserResponse) => void,
   ): ClientUnaryCall;
+  /** All users. */
   listUsers(
     request: ListUsersRequest,
     callback: (error: ServiceError | null, response: ListUsersResponse) => void,
@@ -12191,6 +12652,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListUsersResponse) => void,
   ): ClientUnaryCall;
+  /** One user, by id or e-mail address. */
   getUser(
     request: GetUserRequest,
     callback: (error: ServiceError | null, response: GetUserResponse) => void,
@@ -12206,6 +12668,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetUserResponse) => void,
   ): ClientUnaryCall;
+  /** Changes a user; open connections feel it at once. */
   updateUser(
     request: UpdateUserRequest,
     callback: (error: ServiceError | null, response: UpdateUserResponse) => void,
@@ -12221,6 +12684,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: UpdateUserResponse) => void,
   ): ClientUnaryCall;
+  /** Removes a user; open connections end at once. */
   deleteUser(
     request: DeleteUserRequest,
     callback: (error: ServiceError | null, response: DeleteUserResponse) => void,
@@ -12236,6 +12700,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteUserResponse) => void,
   ): ClientUnaryCall;
+  /** Makes a service that devices may be allowed to reach. ALREADY_EXISTS where the id is taken. */
   createService(
     request: CreateServiceRequest,
     callback: (error: ServiceError | null, response: CreateServiceResponse) => void,
@@ -12251,6 +12716,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateServiceResponse) => void,
   ): ClientUnaryCall;
+  /** All services. */
   listServices(
     request: ListServicesRequest,
     callback: (error: ServiceError | null, response: ListServicesResponse) => void,
@@ -12266,6 +12732,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListServicesResponse) => void,
   ): ClientUnaryCall;
+  /** One service. */
   getService(
     request: GetServiceRequest,
     callback: (error: ServiceError | null, response: GetServiceResponse) => void,
@@ -12281,6 +12748,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetServiceResponse) => void,
   ): ClientUnaryCall;
+  /** Changes a service; open connections feel it at once. */
   updateService(
     request: UpdateServiceRequest,
     callback: (error: ServiceError | null, response: UpdateServiceResponse) => void,
@@ -12296,6 +12764,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: UpdateServiceResponse) => void,
   ): ClientUnaryCall;
+  /** Removes a service; open connections end at once. */
   deleteService(
     request: DeleteServiceRequest,
     callback: (error: ServiceError | null, response: DeleteServiceResponse) => void,
@@ -12327,6 +12796,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: SetRoleGrantResponse) => void,
   ): ClientUnaryCall;
+  /** What all roles may do on which services. */
   listRoleGrants(
     request: ListRoleGrantsRequest,
     callback: (error: ServiceError | null, response: ListRoleGrantsResponse) => void,
@@ -12342,6 +12812,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListRoleGrantsResponse) => void,
   ): ClientUnaryCall;
+  /** Takes away what a role may do on a service; open connections that rest on it end at once. */
   deleteRoleGrant(
     request: DeleteRoleGrantRequest,
     callback: (error: ServiceError | null, response: DeleteRoleGrantResponse) => void,
@@ -12357,6 +12828,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteRoleGrantResponse) => void,
   ): ClientUnaryCall;
+  /** Connections, open and ended, the newest first. Those that were closed in their first seconds are not among them. */
   listConnections(
     request: ListConnectionsRequest,
     callback: (error: ServiceError | null, response: ListConnectionsResponse) => void,
@@ -12388,6 +12860,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CloseConnectionResponse) => void,
   ): ClientUnaryCall;
+  /** Decisions on record, the newest first. */
   listDecisions(
     request: ListDecisionsRequest,
     callback: (error: ServiceError | null, response: ListDecisionsResponse) => void,
@@ -12403,6 +12876,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: ListDecisionsResponse) => void,
   ): ClientUnaryCall;
+  /** One decision, with what policy was given. */
   getDecision(
     request: GetDecisionRequest,
     callback: (error: ServiceError | null, response: GetDecisionResponse) => void,
@@ -12418,6 +12892,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetDecisionResponse) => void,
   ): ClientUnaryCall;
+  /** Calls on record, the newest first. */
   searchAuditEvents(
     request: SearchAuditEventsRequest,
     callback: (error: ServiceError | null, response: SearchAuditEventsResponse) => void,
@@ -12541,6 +13016,7 @@ export interface AdminServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetPolicyStateResponse) => void,
   ): ClientUnaryCall;
+  /** Replaces the posture requirements and the business hours; open connections are decided anew at once. */
   updatePolicyData(
     request: UpdatePolicyDataRequest,
     callback: (error: ServiceError | null, response: UpdatePolicyDataResponse) => void,

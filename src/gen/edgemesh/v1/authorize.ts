@@ -40,9 +40,11 @@ export interface Question {
   action: string;
 }
 
+/** The decision on a question. */
 export interface Answer {
   /** The question's id. */
   questionId: string;
+  /** Whether the connection may be made. Never where the question could not be decided. */
   allowed: boolean;
   /** Why not. Empty when allowed. */
   reasons: Reason[];
@@ -60,7 +62,9 @@ export interface Answer {
   retryAfter: Duration | undefined;
 }
 
+/** One question by itself. */
 export interface CheckRequest {
+  /** What is asked. */
   question:
     | Question
     | undefined;
@@ -75,12 +79,19 @@ export interface CheckRequest {
   userAssertion?: string | undefined;
 }
 
+/** One answer by itself. */
 export interface CheckResponse {
-  answer: Answer | undefined;
+  /** Always there. */
+  answer:
+    | Answer
+    | undefined;
+  /** The server's clock when it answered. */
   serverTime: Date | undefined;
 }
 
+/** What a device asks of its stream. */
 export interface AuthorizeRequest {
+  /** One of these a message. */
   kind:
     | //
     /** Ask. */
@@ -103,6 +114,7 @@ export interface AuthorizeRequest {
     | undefined;
 }
 
+/** Several questions of one user or of many. */
 export interface Questions {
   /** 128 at most. */
   questions: Question[];
@@ -113,6 +125,7 @@ export interface Questions {
   userAssertion?: string | undefined;
 }
 
+/** Asks anew for leases that this stream holds. */
 export interface RenewConnections {
   /** 128 at most. */
   connectionIds: string[];
@@ -123,11 +136,13 @@ export interface RenewConnections {
   userAssertion?: string | undefined;
 }
 
+/** Asks to close leases that the stream holds. */
 export interface CloseConnections {
   /** 128 at most. */
   connectionIds: string[];
 }
 
+/** Asks which leases the stream holds. */
 export interface ListConnections {
 }
 
@@ -151,13 +166,24 @@ export interface AcknowledgeRevocations {
   connectionIds: string[];
 }
 
+/** Answers, and what the server says of itself. */
 export interface AuthorizeResponse {
+  /** What the message says. */
   kind:
-    | { $case: "answers"; value: Answers }
-    | { $case: "revoked"; value: ConnectionRevoked }
-    | { $case: "closed"; value: ConnectionsClosed }
-    | { $case: "connections"; value: OpenConnections }
+    | //
+    /** To questions, renewals and resumptions. */
+    { $case: "answers"; value: Answers }
+    | //
+    /** A lease was taken back. */
+    { $case: "revoked"; value: ConnectionRevoked }
+    | //
+    /** The answer to close. */
+    { $case: "closed"; value: ConnectionsClosed }
+    | //
+    /** The answer to list. */
+    { $case: "connections"; value: OpenConnections }
     | undefined;
+  /** The server's clock when it answered. */
   serverTime:
     | Date
     | undefined;
@@ -168,35 +194,55 @@ export interface AuthorizeResponse {
   resumeWithin: Duration | undefined;
 }
 
+/** Some answers; those to one message may come in several. */
 export interface Answers {
+  /** Each by its question's id. */
   answers: Answer[];
 }
 
 /** The ground of a lease has gone: end the connection now. */
 export interface ConnectionRevoked {
+  /** The lease. */
   connectionId: string;
   /** Empty for one that was resumed. */
   questionId: string;
+  /** Why, as in an answer that denies. */
   reasons: Reason[];
+  /** Names the policy that decided. */
   policyRevision: string;
+  /** The audit log holds the decision under this id; empty where it was no decision of the policy. */
   decisionId: string;
 }
 
+/** What was closed. */
 export interface ConnectionsClosed {
+  /** Those of the request that were held. */
   connectionIds: string[];
 }
 
+/** The leases that the stream holds. */
 export interface OpenConnections {
+  /** In no order. */
   connections: OpenConnection[];
 }
 
+/** A lease. */
 export interface OpenConnection {
+  /** Names it. */
   connectionId: string;
+  /** The id of the question that was allowed; empty for one that was resumed. */
   questionId: string;
+  /** As asked. */
   user: string;
+  /** As asked. */
   service: string;
+  /** As asked. */
   action: string;
-  grantedAt: Date | undefined;
+  /** When it was allowed. */
+  grantedAt:
+    | Date
+    | undefined;
+  /** Until when the last answer may be relied on; the server decides anew by itself. */
   expiresAt: Date | undefined;
 }
 

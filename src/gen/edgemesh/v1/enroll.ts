@@ -27,16 +27,23 @@ export const protobufPackage = "edgemesh.v1";
 
 export const protobufFileName = "edgemesh/v1/enroll.proto";
 
+/** What GetChallenge takes. */
 export interface GetChallengeRequest {
 }
 
+/** What GetChallenge gives. */
 export interface GetChallengeResponse {
   /** ASCII text. Good until it expires, for one request of a key: what has been signed is good once. */
   challenge: string;
-  expiresAt: Date | undefined;
+  /** Ten minutes or so from now. */
+  expiresAt:
+    | Date
+    | undefined;
+  /** The server's clock when it answered. */
   serverTime: Date | undefined;
 }
 
+/** What a device shows to come in. */
 export interface EnrollRequest {
   /** The token as the operator handed it out, beginning with "em1.". */
   token: string;
@@ -45,6 +52,7 @@ export interface EnrollRequest {
    * It carries a challenge of GetChallenge. Only its public key is used; its subject and extensions are ignored.
    */
   csr: Buffer;
+  /** How the device describes itself. */
   device:
     | DeviceDescription
     | undefined;
@@ -52,7 +60,9 @@ export interface EnrollRequest {
   sentAt: Date | undefined;
 }
 
+/** One step of an enrollment. */
 export interface EnrollResponse {
+  /** What has happened. */
   step:
     | //
     /** The token needs an operator's approval; the stream stays open until one decides. */
@@ -67,18 +77,23 @@ export interface EnrollResponse {
 
 /** Sent again every now and then while it lasts, so that nothing on the way takes the stream for dead. */
 export interface PendingApproval {
+  /** The device that an operator has to approve. */
   deviceId: string;
 }
 
 /** A device's identity: what it shows to others, and whom it trusts. */
 export interface Identity {
+  /** Empty where an operator has renewed. */
   deviceId: string;
   /** Such as "spiffe://edgemesh.local/device/alpha". */
   spiffeId: string;
   /** Leaf first, then intermediates, PEM; while the authority is replaced also a certificate of its root by the other one. */
   certificateChainPem: string[];
   /** Without revocation lists: GetTrustBundle has them. */
-  trustBundle: TrustBundle | undefined;
+  trustBundle:
+    | TrustBundle
+    | undefined;
+  /** When the certificate expires. */
   notAfter:
     | Date
     | undefined;
@@ -86,6 +101,7 @@ export interface Identity {
   renewAfter: Date | undefined;
 }
 
+/** Asks for a certificate, as whoever's certificate was shown. */
 export interface RenewCertificateRequest {
   /** As in EnrollRequest. A new key is recommended. */
   csr: Buffer;
@@ -93,16 +109,27 @@ export interface RenewCertificateRequest {
   sentAt: Date | undefined;
 }
 
+/** What RenewCertificate gives. */
 export interface RenewCertificateResponse {
-  identity: Identity | undefined;
+  /** The same identity, with a new certificate. */
+  identity:
+    | Identity
+    | undefined;
+  /** The server's clock when it answered. */
   serverTime: Date | undefined;
 }
 
+/** What GetTrustBundle takes. */
 export interface GetTrustBundleRequest {
 }
 
+/** What GetTrustBundle gives. */
 export interface GetTrustBundleResponse {
-  trustBundle: TrustBundle | undefined;
+  /** Always there. */
+  trustBundle:
+    | TrustBundle
+    | undefined;
+  /** The server's clock when it answered. */
   serverTime: Date | undefined;
 }
 

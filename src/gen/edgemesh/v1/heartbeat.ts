@@ -25,6 +25,7 @@ export const protobufPackage = "edgemesh.v1";
 
 export const protobufFileName = "edgemesh/v1/heartbeat.proto";
 
+/** One report. */
 export interface HeartbeatRequest {
   /** Grows by at least one with each message of a stream, from 1. */
   sequence: number;
@@ -45,12 +46,17 @@ export interface HeartbeatRequest {
   trustBundleId: string;
 }
 
+/** An acknowledgement, or a directive that can't wait for one. */
 export interface HeartbeatResponse {
   /** All messages up to this one are durable. */
   acknowledgedSequence: number;
   /** When to send the next message, if nothing changes before. Jittered, so that a fleet never beats in step. */
-  nextInterval: Duration | undefined;
+  nextInterval:
+    | Duration
+    | undefined;
+  /** To be followed in this order. */
   directives: Directive[];
+  /** The server's clock when it answered. */
   serverTime:
     | Date
     | undefined;
@@ -60,14 +66,29 @@ export interface HeartbeatResponse {
 
 /** What the server asks a device to do. */
 export interface Directive {
+  /** What is asked. */
   kind:
-    | { $case: "renewCertificate"; value: RenewCertificateDirective }
-    | { $case: "trustBundle"; value: TrustBundleDirective }
-    | { $case: "policyChanged"; value: PolicyChangedDirective }
-    | { $case: "reconnect"; value: ReconnectDirective }
-    | { $case: "quarantined"; value: QuarantinedDirective }
-    | { $case: "revoked"; value: RevokedDirective }
-    | { $case: "released"; value: ReleasedDirective }
+    | //
+    /** Call EnrollService.RenewCertificate. */
+    { $case: "renewCertificate"; value: RenewCertificateDirective }
+    | //
+    /** Trust these roots from the next connection on. */
+    { $case: "trustBundle"; value: TrustBundleDirective }
+    | //
+    /** For the log: open connections are decided anew by the server. */
+    { $case: "policyChanged"; value: PolicyChangedDirective }
+    | //
+    /** Open a stream elsewhere, and then end this one. */
+    { $case: "reconnect"; value: ReconnectDirective }
+    | //
+    /** For the log, and for whoever sits before the device. */
+    { $case: "quarantined"; value: QuarantinedDirective }
+    | //
+    /** Stop: the stream ends. */
+    { $case: "revoked"; value: RevokedDirective }
+    | //
+    /** For the log: connections may be asked for again. */
+    { $case: "released"; value: ReleasedDirective }
     | undefined;
 }
 
@@ -79,26 +100,31 @@ export interface RenewCertificateDirective {
 
 /** The trust bundle has changed. */
 export interface TrustBundleDirective {
+  /** All that is to be trusted, in place of what was. */
   trustBundle: TrustBundle | undefined;
 }
 
 /** Another policy decides now. */
 export interface PolicyChangedDirective {
+  /** Names the policy. */
   revision: string;
 }
 
 /** This instance is going away: open a stream anew, on another instance, after the delay. */
 export interface ReconnectDirective {
+  /** Wait for so long before: the devices of an instance go one after another. */
   delay: Duration | undefined;
 }
 
 /** Every connection is denied until an operator releases the device. */
 export interface QuarantinedDirective {
+  /** Why, in an operator's words. */
   reason: string;
 }
 
 /** The identity is no longer valid. */
 export interface RevokedDirective {
+  /** Why, in an operator's words. */
   reason: string;
 }
 

@@ -13,7 +13,18 @@ export const protobufPackage = "edgemesh.v1";
 export const protobufFileName = "edgemesh/v1/types.proto";
 
 /** What kind of machine a device is. */
-export const DeviceType = { UNSPECIFIED: 0, LAPTOP: 1, SERVER: 2, IOT: 3, GATEWAY: 4 } as const;
+export const DeviceType = {
+  /** UNSPECIFIED - Not said. As a filter or a condition: any. */
+  UNSPECIFIED: 0,
+  /** LAPTOP - A person's computer. */
+  LAPTOP: 1,
+  /** SERVER - A machine that serves others. */
+  SERVER: 2,
+  /** IOT - A sensor, a controller, a thing. */
+  IOT: 3,
+  /** GATEWAY - A machine through which others connect. */
+  GATEWAY: 4,
+} as const;
 
 export type DeviceType = typeof DeviceType[keyof typeof DeviceType];
 
@@ -44,6 +55,7 @@ export function deviceTypeToJSON(object: DeviceType): string {
 
 /** Where a device stands in its life. */
 export const DeviceStatus = {
+  /** UNSPECIFIED - Never sent. As a filter: any. */
   UNSPECIFIED: 0,
   /** PENDING - Enrolled, but an operator has not approved it yet: it may not connect anywhere. */
   PENDING: 1,
@@ -84,6 +96,7 @@ export function deviceStatusToJSON(object: DeviceStatus): string {
 
 /** Whether a device is there now. Nothing is decided by it. */
 export const DevicePresence = {
+  /** UNSPECIFIED - Never sent. As a filter: any. */
   UNSPECIFIED: 0,
   /** ONLINE - It holds a heartbeat stream, and its health is fresh. */
   ONLINE: 1,
@@ -121,6 +134,7 @@ export function devicePresenceToJSON(object: DevicePresence): string {
 export interface DeviceDescription {
   /** Lower-case letters, digits, '.', '_' and '-', 64 characters at most. Empty: the server chooses one. */
   id: string;
+  /** What kind of machine it is. */
   type: DeviceType;
   /** Such as "linux" or "windows"; 64 characters at most. */
   os: string;

@@ -2,8 +2,8 @@ import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promise
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
-import { keyForEnrollment, keyForRenewal, loadState, saveState, saveTrust } from '../../src/agent/state.ts'
-import { deviceCredentials, smallAuthority } from './small-server.ts'
+import { keyForEnrollment, keyForRenewal, loadState, saveState, saveTrust } from '../../src/client/state.ts'
+import { deviceCredentials, smallAuthority } from '../agent/small-server.ts'
 
 const authority = await smallAuthority()
 

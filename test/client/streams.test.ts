@@ -1,7 +1,7 @@
 import { type ServerDuplexStream, type ServiceError, status } from '@grpc/grpc-js'
 import test, { type ExecutionContext } from 'ava'
-import { type ConnectionRevoked, openAuthorizations } from '../../src/agent/authorize-stream.ts'
-import { type DirectiveKind, openHeartbeats } from '../../src/agent/heartbeat-stream.ts'
+import { type ConnectionRevoked, openAuthorizations } from '../../src/client/authorize-stream.ts'
+import { type DirectiveKind, openHeartbeats } from '../../src/client/heartbeat-stream.ts'
 import {
   Answer,
   type AuthorizeRequest,
@@ -14,7 +14,7 @@ import {
   HeartbeatResponse,
   HeartbeatServiceService,
 } from '../../src/gen/edgemesh/v1/heartbeat.ts'
-import { deviceCredentials, serve, smallAuthority } from './small-server.ts'
+import { deviceCredentials, serve, smallAuthority } from '../agent/small-server.ts'
 
 const authority = await smallAuthority()
 const credentials = deviceCredentials(authority, 'alpha')

@@ -2,8 +2,8 @@ import { once } from 'node:events'
 import { createServer, type Socket } from 'node:net'
 import type { ServerUnaryCall, ServerWritableStream, sendUnaryData } from '@grpc/grpc-js'
 import test from 'ava'
-import { enrollDevice } from '../../src/agent/enroll.ts'
-import { pinnedTrustBundle } from '../../src/agent/first-contact.ts'
+import { enrollDevice } from '../../src/client/enroll.ts'
+import { pinnedTrustBundle } from '../../src/client/first-contact.ts'
 import {
   type EnrollRequest,
   type EnrollResponse,
@@ -17,7 +17,7 @@ import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { encodePem } from '../../src/identity/pem.ts'
 import { mintToken } from '../../src/identity/token-text.ts'
-import { rootsOf, serve, smallAuthority } from './small-server.ts'
+import { rootsOf, serve, smallAuthority } from '../agent/small-server.ts'
 
 const authority = await smallAuthority()
 const other = await smallAuthority()

@@ -1,7 +1,7 @@
 import { execFileSync } from 'node:child_process'
 import { createPublicKey } from 'node:crypto'
 import test from 'ava'
-import { createKey, signingRequestFor } from '../../src/agent/csr.ts'
+import { createKey, signingRequestFor } from '../../src/client/csr.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 
 test('openssl verifies the request and finds an empty subject', t => {

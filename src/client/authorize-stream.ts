@@ -21,7 +21,7 @@ import {
   type OpenConnection,
   type Question,
 } from '../gen/edgemesh/v1/authorize.ts'
-import { answerOf, type Credentials, channelTo, clientTarget, endOf, millisecondsOf, type Server } from './channel.ts'
+import { answerOf, type Credentials, clientTarget, endOf, millisecondsOf, type Server } from './channel.ts'
 
 export type { Answer, ConnectionRevoked, OpenConnection }
 
@@ -288,11 +288,12 @@ const checkTimeoutMs = 10_000
 /** One question, one answer, no lease. Operators and services name the device that they ask about. */
 export async function check({
   server,
-  credentials: { rootsPem, certificateChainPem, keyPem },
+  credentials: shown,
   question: { id = '', user, service, action = '' },
   deviceId = '',
   userAssertion,
   timeoutMs = checkTimeoutMs,
+  channel,
 }: {
   server: Server
   credentials: Credentials
@@ -300,8 +301,10 @@ export async function check({
   deviceId?: string
   userAssertion?: string | undefined
   timeoutMs?: number
+  /** A connection to share, made by `openChannel`; left open. Default: one of its own. */
+  channel?: Channel
 }): Promise<Answer> {
-  const { address, credentials, options } = channelTo({ server, rootsPem, certificatePem: certificateChainPem, keyPem })
+  const { address, credentials, options } = clientTarget(server, shown, channel)
   const client = new AuthorizeServiceClient(address, credentials, options)
   try {
     const request = { question: { id, user, service, action }, deviceId, userAssertion }
@@ -311,7 +314,7 @@ export async function check({
       throw new Fault('UNAVAILABLE', 'ANSWER_MISSING', 'the server answered without a decision: take it as a no')
     return answer
   } finally {
-    client.close()
+    if (!channel) client.close()
   }
 }
 

@@ -1,6 +1,6 @@
 import { Metadata, type ServiceError, status } from '@grpc/grpc-js'
 import test from 'ava'
-import { channelTo, describeCallError } from '../../src/agent/channel.ts'
+import { channelTo, describeCallError } from '../../src/client/channel.ts'
 import { Fault } from '../../src/fault.ts'
 import { statusOf } from '../../src/rpc/status.ts'
 

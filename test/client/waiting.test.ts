@@ -1,6 +1,6 @@
 import test from 'ava'
 import fc from 'fast-check'
-import { backoffBaseMs, backoffDelayMs, backoffMaxMs, retryAfterMaxMs } from '../../src/agent/waiting.ts'
+import { backoffBaseMs, backoffDelayMs, backoffMaxMs, retryAfterMaxMs } from '../../src/client/waiting.ts'
 
 const failures = fc.nat(5_000)
 const random = fc.double({ min: 0, max: 1, maxExcluded: true, noNaN: true })

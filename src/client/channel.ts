@@ -44,6 +44,9 @@ const nameInEveryServerCertificate = 'localhost'
 const keepaliveTimeMs = 30_000
 const keepaliveTimeoutMs = 10_000
 
+/** gRPC's own pauses between attempts on a channel, of two minutes in the end, are for what nobody waits for. */
+const reconnectBackoffMaxMs = 10_000
+
 /** A trust bundle with the revocations of 100,000 devices is 4 MB; everything else is far smaller. */
 const receivedBytesMax = 16 * 1024 * 1024
 const sentBytesMax = 4 * 1024 * 1024
@@ -101,6 +104,7 @@ export function optionsFor(server: Server): ClientOptions {
   return {
     'grpc.keepalive_time_ms': keepaliveTimeMs,
     'grpc.keepalive_timeout_ms': keepaliveTimeoutMs,
+    'grpc.max_reconnect_backoff_ms': reconnectBackoffMaxMs,
     'grpc.max_receive_message_length': receivedBytesMax,
     'grpc.max_send_message_length': sentBytesMax,
     // A channel has its connection to itself, so that closing the one closes the other.

@@ -20,7 +20,15 @@ import {
 import { DeviceDescription, type TrustBundle } from '../gen/edgemesh/v1/types.ts'
 import { parseSpiffeId } from '../identity/spiffe-id.ts'
 import { parseToken } from '../identity/token-text.ts'
-import { answerOf, type ChannelTarget, type Credentials, channelTo, clientTarget, type Server } from './channel.ts'
+import {
+  answerOf,
+  type ChannelTarget,
+  type Credentials,
+  channelTo,
+  clientTarget,
+  type DescribedError,
+  type Server,
+} from './channel.ts'
 import { createKey, signingRequestFor } from './csr.ts'
 import { pinnedTrustBundle } from './first-contact.ts'
 import { checkedIdentity, type IssuedIdentity, unusable } from './issued-identity.ts'
@@ -38,6 +46,25 @@ const answerTimeoutMs = 30_000
 
 /** While an operator thinks, the server says so every half minute: one that has missed four of these is gone. */
 const silenceTimeoutMsDefault = 120_000
+
+/** Refusals of a request for an identity that stay the same however often it is made. */
+const finalCodes: ReadonlySet<string> = new Set([
+  'INVALID_ARGUMENT',
+  'UNAUTHENTICATED',
+  'PERMISSION_DENIED',
+  'ALREADY_EXISTS',
+  'FAILED_PRECONDITION',
+  'UNIMPLEMENTED',
+])
+/** Of those codes, what passes: the next request is signed anew, and an operator decides some time. */
+const passing: ReadonlySet<string> = new Set(['CSR_CHALLENGE_STALE', 'CSR_REPLAYED', 'RECOVERY_NEEDS_APPROVAL'])
+/** Of the other codes, what does not. */
+const notPassing: ReadonlySet<string> = new Set(['TOKEN_USED_UP'])
+
+/** Whether a request for an identity was refused for good. */
+export function isFinal({ code, reason }: DescribedError): boolean {
+  return notPassing.has(reason) || (finalCodes.has(code) && !passing.has(reason))
+}
 
 /**
  * Redeems an enrollment token.

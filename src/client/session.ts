@@ -22,7 +22,11 @@ export type Session = {
   /** How many reports have been acknowledged. */
   reports: number
   /** Resolves when the report is durable, or to nothing when `signal` is aborted before. Rejects when the stream breaks. */
-  report(posture: Partial<Posture>, signal: AbortSignal): Promise<HeartbeatResponse | undefined>
+  report(
+    posture: Partial<Posture>,
+    signal: AbortSignal,
+    openConnectionIds?: string[],
+  ): Promise<HeartbeatResponse | undefined>
   /** Why the stream is no more, once it is no more. */
   ended: Error | undefined
   close(): Promise<void>
@@ -91,8 +95,8 @@ export function openSession({
     asked: {},
     reports: 0,
     ended: undefined,
-    async report(posture, signal) {
-      const acknowledged = heartbeats.report(posture)
+    async report(posture, signal, openConnectionIds) {
+      const acknowledged = heartbeats.report(posture, openConnectionIds)
       const answer = await within(acknowledgementTimeoutMs, acknowledged, signal)
       if (answer) session.reports += 1
       return answer

@@ -9,8 +9,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { ServerWritableStream, sendUnaryData } from '@grpc/grpc-js'
 import test from 'ava'
-import { enrollDevice, fetchTrustBundle } from '../../src/agent/enroll.ts'
-import { leadsToRoot } from '../../src/agent/issued-identity.ts'
+import { enrollDevice, fetchTrustBundle } from '../../src/client/enroll.ts'
+import { leadsToRoot } from '../../src/client/issued-identity.ts'
 import {
   type EnrollRequest,
   type EnrollResponse,
@@ -22,8 +22,8 @@ import { TrustBundle } from '../../src/gen/edgemesh/v1/types.ts'
 import { issueLeaf, newSerial, openIssuer } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { mintToken } from '../../src/identity/token-text.ts'
-import { keySha256 } from './fleet-server.ts'
-import { serveAs } from './small-server.ts'
+import { keySha256 } from '../agent/fleet-server.ts'
+import { serveAs } from '../agent/small-server.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'edgemesh-cross-'))
 test.after.always(() => rmSync(folder, { recursive: true }))

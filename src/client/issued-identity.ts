@@ -89,7 +89,7 @@ function hasIssued(issuer: X509Certificate, certificate: X509Certificate): boole
   return issuer.ca && certificate.checkIssued(issuer) && certificate.verify(issuer.publicKey)
 }
 
-function lateInLife({ validFromDate, validToDate }: X509Certificate, random: () => number): Date {
+export function lateInLife({ validFromDate, validToDate }: X509Certificate, random: () => number): Date {
   const share = renewAfterShare + renewJitterShare * random()
   return new Date(validFromDate.getTime() + share * (validToDate.getTime() - validFromDate.getTime()))
 }
