@@ -61,14 +61,19 @@ export function keepFacts<V>(options: {
   const { feed, kind, max, load, concerns, clock = systemClock } = options
   const kept = new LRUCache<string, Fact<V>>({ max })
   const loading = new Map<string, Promise<Fact<V>>>()
+  /** What was asked for last, if it is kept: the questions of one message mostly ask for the same again. */
+  let lastId: string | undefined
+  let last: Fact<V> | undefined
 
   function forget(id: string): void {
+    lastId = undefined
     kept.delete(id)
     // Who asked before the change gets what there was; nobody after it does.
     loading.delete(id)
   }
 
   feed.onReset(() => {
+    lastId = undefined
     kept.clear()
     loading.clear()
   })
@@ -78,6 +83,7 @@ export function keepFacts<V>(options: {
       const changed = key.slice(kind.length + 1)
       forget(changed)
       if (!concerns) continue
+      lastId = undefined
       loading.clear()
       for (const [id, fact] of kept.entries()) if (concerns(changed, fact.value)) kept.delete(id)
     }
@@ -89,6 +95,7 @@ export function keepFacts<V>(options: {
         const fact = { version: ++versions, loadedAt: clock(), value }
         if (loading.get(id) === started) {
           loading.delete(id)
+          lastId = undefined
           kept.set(id, fact)
         }
         return fact
@@ -102,8 +109,17 @@ export function keepFacts<V>(options: {
     return started
   }
 
+  function get(id: string): Fact<V> | Promise<Fact<V>> {
+    if (id === lastId && last !== undefined) return last
+    const fact = kept.get(id)
+    if (fact === undefined) return loading.get(id) ?? start(id)
+    lastId = id
+    last = fact
+    return fact
+  }
+
   return {
-    get: id => kept.get(id) ?? loading.get(id) ?? start(id),
+    get,
     peek: id => kept.peek(id),
     isCurrent: (id, fact) => kept.peek(id) === fact,
     forget,

@@ -10,15 +10,16 @@ import type { createEnvoyCheck } from '../access/envoy.ts'
 import type { Call } from '../caller.ts'
 import type { Heartbeats } from '../fleet/heartbeat.ts'
 import { AdminServiceService } from '../gen/edgemesh/v1/admin.ts'
-import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
+import { AuthorizeResponse, AuthorizeServiceService, CheckResponse } from '../gen/edgemesh/v1/authorize.ts'
 import { EnrollServiceService } from '../gen/edgemesh/v1/enroll.ts'
-import { HeartbeatServiceService } from '../gen/edgemesh/v1/heartbeat.ts'
+import { HeartbeatResponse, HeartbeatServiceService } from '../gen/edgemesh/v1/heartbeat.ts'
 import { AuthorizationService } from '../gen/envoy/service/auth/v3/external_auth.ts'
 import type { Challenges } from '../identity/challenge.ts'
 import type { createEnroll } from '../identity/enroll.ts'
 import type { createRenew } from '../identity/renew.ts'
 import type { TrustBundleSource } from '../identity/trust-bundle.ts'
 import type { Access, Dispatch, MethodHandler } from './dispatch.ts'
+import { encoderOf } from './encoding.ts'
 
 export type Handlers = {
   enroll: ReturnType<typeof createEnroll>
@@ -42,6 +43,14 @@ const serviceNames = [
   ...['Enroll', 'Authorize', 'Heartbeat', 'Admin'].map(name => `edgemesh.v1.${name}Service`),
   'envoy.service.auth.v3.Authorization',
 ]
+
+const heartbeatService = {
+  heartbeat: { ...HeartbeatServiceService.heartbeat, responseSerialize: encoderOf(HeartbeatResponse) },
+}
+const authorizeService = {
+  check: { ...AuthorizeServiceService.check, responseSerialize: encoderOf(CheckResponse) },
+  authorize: { ...AuthorizeServiceService.authorize, responseSerialize: encoderOf(AuthorizeResponse) },
+}
 
 /** Adds all services to the dispatch. @returns what `grpc.health.v1` says */
 export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () => number): HealthStatus {
@@ -74,12 +83,12 @@ export function addServices(dispatch: Dispatch, handlers: Handlers, clock: () =>
     'identified',
   )
   dispatch.add(
-    HeartbeatServiceService as unknown as ServiceDefinition,
+    heartbeatService as unknown as ServiceDefinition,
     { heartbeat: { kind: 'bidi', access: 'device', handle: handlers.heartbeats.serve } },
     'device',
   )
   dispatch.add(
-    AuthorizeServiceService as unknown as ServiceDefinition,
+    authorizeService as unknown as ServiceDefinition,
     {
       check: { kind: 'unary', access: 'device, operator or service', handle: handlers.check },
       authorize: { kind: 'bidi', access: 'device', handle: handlers.authorize },
