@@ -342,9 +342,12 @@ test('workers share the connections to the database and the memory, and it says 
   }
 })
 
+/** Ten times as many as there are connections; each of them waits for at most three seconds for its turn at one. */
+const devicesAtOnce = 20
+
 test('workers with the fewest connections to the database, two each, do all that is asked of them at once', async t => {
   const { device, clients } = await start(t, 2, { DATABASE_POOL_SIZE: '1', DATABASE_MAX_OVERFLOW: '0' })
-  const devices = await Promise.all(Array.from({ length: 40 }, (_, at) => device(`device-${at}`)))
+  const devices = await Promise.all(Array.from({ length: devicesAtOnce }, (_, at) => device(`device-${at}`)))
   const question = { id: '', user: 'ada', service: 'orders', action: '' }
   await Promise.all(
     devices.map(async device => {
@@ -355,7 +358,7 @@ test('workers with the fewest connections to the database, two each, do all that
       }
     }),
   )
-  t.is(new Set(devices.map(({ certificatePem }) => certificatePem)).size, 40)
+  t.is(new Set(devices.map(({ certificatePem }) => certificatePem)).size, devicesAtOnce)
 })
 
 test('workers that can not start end the start with one error and exit code 1', async t => {
