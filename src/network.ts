@@ -6,6 +6,11 @@ export function plainAddress(address: string): string {
   return address.startsWith('::ffff:') ? address.slice('::ffff:'.length) : address
 }
 
+/** Of this host itself. */
+export function isLoopback(address: string): boolean {
+  return /^(::ffff:)?127\.|^::1$/.test(address)
+}
+
 /**
  * What limits by address count as one: an IPv4 address, or the /64 of an IPv6 address, because a whole /64 is what one
  * host is given at least (RFC 6177), and it may call from another of its addresses each time.

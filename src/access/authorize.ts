@@ -84,6 +84,7 @@ const actionCharactersMax = 32
 const nameCharactersMax = 254
 /** Leases one stream may hold. */
 const leasesPerStreamMax = 4_096
+
 export function createCheck(deps: AuthorizeDeps) {
   return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
     const startedAt = performance.now()

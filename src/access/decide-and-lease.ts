@@ -38,6 +38,7 @@ export type LeasingDeps = {
   facts: Pick<Facts, 'isCurrent'>
   leases: Pick<Leases, 'grant'>
 }
+
 /** What a lease is made of, beside the answer. */
 type Known = Omit<Granted, 'question' | 'userId' | 'role' | 'serviceId' | 'expiresAtMs'>
 

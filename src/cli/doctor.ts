@@ -1,13 +1,12 @@
 /** `edgemesh doctor`: what is wrong with a configuration, or with what runs under it, and what mends it. */
 import { readFile } from 'node:fs/promises'
 import { parseEnv } from 'node:util'
-import { Command, InvalidArgumentError } from 'commander'
+import { Command } from 'commander'
 import type { CheckedFinding, Examination } from '../doctor/examine.ts'
 import type { Severity } from '../doctor/finding.ts'
 import type { Environment } from '../doctor/subject.ts'
 import { revision, version } from '../version.ts'
-import { workersMax } from '../workers/shares.ts'
-import { hostAndPort, wholeNumber } from './option-values.ts'
+import { hostAndPort, wholeNumber, workerCount } from './option-values.ts'
 import { printable } from './table.ts'
 
 type DoctorOptions = {
@@ -31,7 +30,7 @@ export function doctorCommand(): Command {
     .option('--settings-file <path>', 'read the settings there, and there alone; the environment, unless given')
     .option('--public <host:port>', 'where devices connect: look at the balancer too', hostAndPort)
     .option('--idle <seconds>', 'leave a stream alone there for so long, and see whether it is cut', idle)
-    .option('--workers <number>', 'as for edgemesh serve', workers, 1)
+    .option('--workers <number>', 'as for edgemesh serve', workerCount, 1)
     .option('--instances <number>', 'how many there are to be (default: as many as run)', wholeNumber(1, instancesMax))
     .option('--backup-metrics <path>', 'the file, or the folder, where the backup leaves its age for node-exporter')
     .option('--only <checks>', 'only these, separated by commas', checkNames)
@@ -57,15 +56,6 @@ Examples:
 
 function idle(text: string): number {
   return wholeNumber(1, idleSecondsMax)(text)
-}
-
-function workers(text: string): number | 'auto' {
-  if (text === 'auto') return text
-  try {
-    return wholeNumber(1, workersMax)(text)
-  } catch {
-    throw new InvalidArgumentError(`It must be auto or a whole number from 1 to ${workersMax}.`)
-  }
 }
 
 function checkNames(text: string): string[] {

@@ -1,5 +1,6 @@
 /** What several commands accept as the value of an option: each reads a text, or says what would be right. */
 import { InvalidArgumentError } from 'commander'
+import { workersMax } from '../workers/shares.ts'
 
 export function wholeNumber(min: number, max: number): (text: string) => number {
   return text => {
@@ -8,6 +9,16 @@ export function wholeNumber(min: number, max: number): (text: string) => number 
       throw new InvalidArgumentError(`It must be a whole number from ${min} to ${max}.`)
     }
     return number
+  }
+}
+
+/** `auto`: one for each core. */
+export function workerCount(text: string): number | 'auto' {
+  if (text === 'auto') return text
+  try {
+    return wholeNumber(1, workersMax)(text)
+  } catch {
+    throw new InvalidArgumentError(`It must be auto or a whole number from 1 to ${workersMax}.`)
   }
 }
 

@@ -1,9 +1,9 @@
 /** `edgemesh serve`: production. Settings from the environment, logs to stdout, one process or several. */
-import { Command, InvalidArgumentError } from 'commander'
+import { Command } from 'commander'
 import { readSettings, type Settings, SettingsError } from '../settings.ts'
 import { version } from '../version.ts'
 import { machine, workersFor, workersMax } from '../workers/shares.ts'
-import { wholeNumber } from './option-values.ts'
+import { workerCount } from './option-values.ts'
 import { asked, stopSignal } from './stop-signal.ts'
 
 export function serveCommand(): Command {
@@ -12,7 +12,7 @@ export function serveCommand(): Command {
     .option(
       '--workers <number>',
       `processes that share the port, 1 to ${workersMax}; auto: one for each core`,
-      workers,
+      workerCount,
       1,
     )
     .addHelpText(
@@ -35,15 +35,6 @@ Examples:
 `,
     )
     .action(serve)
-}
-
-function workers(text: string): number | 'auto' {
-  if (text === 'auto') return text
-  try {
-    return wholeNumber(1, workersMax)(text)
-  } catch {
-    throw new InvalidArgumentError(`It must be auto or a whole number from 1 to ${workersMax}.`)
-  }
 }
 
 async function serve({ workers }: { workers: number | 'auto' }): Promise<void> {

@@ -5,6 +5,8 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { TLSSocket } from 'node:tls'
 import type pg from 'pg'
 import { databaseFailure } from '../db/failure.ts'
+import { isLoopback } from '../network.ts'
+import { databaseConnectionsMin, instanceOf } from '../workers/shares.ts'
 import { CannotLook, type Check, type Finding, failed, ok, orOk, span, warning } from './finding.ts'
 import type { Subject } from './subject.ts'
 
@@ -118,10 +120,6 @@ export const databaseTlsCheck: Check<Subject> = {
   },
 }
 
-export function isLoopback(address: string): boolean {
-  return /^(::ffff:)?127\.|^::1$/.test(address)
-}
-
 // ── What is kept ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 type ServerSettings = Record<string, string>
@@ -201,11 +199,9 @@ export const databaseDurabilityCheck: Check<Subject> = {
 // ── Connections ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** An instance writes its sign of life every five seconds. */
-const aliveSeconds = 30
-const workerEnding = /-\d+-[0-9a-f]{8}$/
+export const aliveSeconds = 30
 /** Beside those of its pool, each process has one that hears of changes. */
 const listenersPerProcess = 1
-const databaseConnectionsPerWorkerMin = 2
 
 export const databaseConnectionsCheck: Check<Subject> = {
   name: 'database-connections',
@@ -213,10 +209,10 @@ export const databaseConnectionsCheck: Check<Subject> = {
     subject.read(async client => {
       const { poolMax } = subject.settings().database
       const alive = await aliveProcesses(client)
-      const found = new Set(alive.map(id => id.replace(workerEnding, ''))).size
+      const found = new Set(alive.map(instanceOf)).size
       const instances = subject.instances ?? Math.max(1, found)
       const workers = Math.max(subject.workers === 'auto' ? 1 : subject.workers, Math.ceil(alive.length / (found || 1)))
-      const each = Math.max(poolMax, workers * databaseConnectionsPerWorkerMin) + workers * listenersPerProcess
+      const each = Math.max(poolMax, workers * databaseConnectionsMin) + workers * listenersPerProcess
       const { rows } = await client.query<{
         most: number
         reserved: number

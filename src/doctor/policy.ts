@@ -3,7 +3,7 @@
 import { startFolderPolicy } from '../access/policy-folder.ts'
 import { startOpaPolicy } from '../access/policy-server.ts'
 import { startShippedPolicy } from '../access/policy-wasm.ts'
-import { isLoopback } from './database.ts'
+import { isLoopback } from '../network.ts'
 import { CannotLook, type Check, type Finding, failed, orOk, warning } from './finding.ts'
 import type { Subject } from './subject.ts'
 

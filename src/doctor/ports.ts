@@ -1,8 +1,7 @@
 /** The two ports of this host: whether a server can have them, and who can reach the one that is for watchers. */
 import { once } from 'node:events'
 import { connect, createServer, isIPv6 } from 'node:net'
-import { networkList } from '../network.ts'
-import { isLoopback } from './database.ts'
+import { isLoopback, networkList } from '../network.ts'
 import { type Check, type Finding, failed, orOk, warning } from './finding.ts'
 import { get, isEdgeMesh, nearHost } from './instance-http.ts'
 import type { Subject } from './subject.ts'

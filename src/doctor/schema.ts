@@ -2,6 +2,7 @@
 import type pg from 'pg'
 import { partitionDays } from '../db/partitions.ts'
 import { missingRights, ownAudit } from '../db/service-role.ts'
+import { aliveSeconds } from './database.ts'
 import { CannotLook, type Check, type Finding, failed, ok, orOk, span, warning } from './finding.ts'
 import type { Subject } from './subject.ts'
 
@@ -137,12 +138,12 @@ export const auditWritersCheck: Check<Subject> = {
            where at < now() - make_interval(secs => $1) group by instance_id
          )
          select id, (extract(epoch from now() - at) * 1000)::float8 as "agoMs", exists (
-           select from instances i where i.id = newest.id and i.seen_at > now() - interval '30 seconds') as "isAlive"
+           select from instances i where i.id = newest.id and i.seen_at > now() - make_interval(secs => $2)) as "isAlive"
          from newest where not exists (
            select from audit_seals s where s.at >= newest.at and s.instance_id = newest.id
              and s.last_at_us >= floor(extract(epoch from newest.at) * 1000000))
          order by newest.at`,
-        [unsealedMsMax / 1_000],
+        [unsealedMsMax / 1_000, aliveSeconds],
       )
       const troubles = rows.map(({ id, agoMs, isAlive }) =>
         isAlive

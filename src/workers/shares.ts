@@ -44,7 +44,7 @@ const connectionsMostMin = 100
 /** Of a connection and all that is kept, most is not on JavaScript's heap, but a heap that grows must not take it all. */
 const heapShare = 0.5
 /** So that a slow statement does not hold up all else. The change feed has a connection of its own. */
-const databaseConnectionsMin = 2
+export const databaseConnectionsMin = 2
 const instanceIdCharactersMax = 63
 
 export function machine(env: Readonly<Record<string, string | undefined>>): Machine {
@@ -107,4 +107,9 @@ export function settingsOf(settings: Settings, number: number, { databaseConnect
     instanceId: settings.instanceId.slice(0, instanceIdCharactersMax - ending.length) + ending,
     database: { ...settings.database, poolMax: databaseConnections },
   }
+}
+
+/** The INSTANCE_ID whose worker has this name; of a process without workers its own. */
+export function instanceOf(name: string): string {
+  return name.replace(/-\d+-[0-9a-f]{8}$/, '')
 }
