@@ -5,7 +5,7 @@ import { delimiter, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import test from 'ava'
 import { startOpaPolicy } from '../../src/access/policy-server.ts'
-import { isExecutable } from '../support/executable.ts'
+import { findProgram } from '../support/find-program.ts'
 import { freePort } from '../support/free-port.ts'
 import { run } from '../support/grpcurl.ts'
 import { findOpa, policyDirectory } from '../support/opa.ts'
@@ -15,13 +15,7 @@ const root = join(policyDirectory, '..')
 const opa = findOpa()
 const testWithOpa = opa === undefined ? test.skip : test
 
-/** Its path: REGAL, the search path, .tools/bin. `undefined` if there is none. */
-function findRegal(): string | undefined {
-  const folders = [...(process.env.PATH ?? '').split(delimiter), join(root, '.tools/bin')]
-  return [process.env.REGAL, ...folders.map(folder => join(folder, 'regal'))].find(file => file && isExecutable(file))
-}
-
-const regal = findRegal()
+const regal = findProgram('regal')
 const testWithRegal = regal === undefined ? test.skip : test
 
 const sources = ['authz', 'admin', 'explanation', 'opa-system', 'authz_test', 'admin_test', 'opa-system_test'].map(

@@ -1,9 +1,9 @@
 import { execFile } from 'node:child_process'
 import { join } from 'node:path'
 import test from 'ava'
-import { isExecutable } from '../support/executable.ts'
+import { findProgram } from '../support/find-program.ts'
 
-const analyze = ['/usr/bin/systemd-analyze', '/bin/systemd-analyze'].find(isExecutable)
+const analyze = findProgram('systemd-analyze')
 const unit = join(import.meta.dirname, '../../deploy/systemd/edgemesh-agent.service')
 
 const verified = analyze ? test : test.skip

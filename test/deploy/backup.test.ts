@@ -13,20 +13,13 @@ import { openDatabase } from '../../src/db/orm.ts'
 import { grantServiceRole } from '../../src/db/service-role.ts'
 import { fleetEntities } from '../../src/fleet/entities.ts'
 import { identityEntities } from '../../src/identity/entities.ts'
+import { installScripts, manifestOf } from '../support/backup-scripts.ts'
 import { eventually, shared } from '../support/edgemesh.ts'
+import { findProgram } from '../support/find-program.ts'
 import { promtool, run } from '../support/monitoring.ts'
-import {
-  findProgram,
-  installScripts,
-  manifestOf,
-  type PostgresWithTools,
-  postgresBin,
-  postgresWithTools,
-  queryAt,
-  type Ran,
-  type Worker,
-  worker,
-} from '../support/postgres-with-tools.ts'
+import { type PlainUser, plainUser, type Ran } from '../support/plain-user.ts'
+import { type PostgresWithTools, postgresBin, postgresWithTools } from '../support/postgres-with-tools.ts'
+import { queryOnce } from '../support/small-postgres.ts'
 
 const deploy = join(import.meta.dirname, '../../deploy')
 const age = findProgram('age')
@@ -51,7 +44,7 @@ const template = 'migrated'
 /** One server for all of them; each test has a database of its own in it. */
 const server = postgresBin
   ? shared(test, async file => {
-      const who = await worker(file)
+      const who = await plainUser(file)
       const postgres = await postgresWithTools(file, who)
       await postgres.query(`create database ${template}`)
       await migrate(urlOf(postgres, template))
@@ -76,7 +69,7 @@ function urlOf({ url }: Pick<PostgresWithTools, 'url'>, database: string, user?:
 }
 
 type Site = {
-  who: Worker
+  who: PlainUser
   url: string
   database: string
   scripts: string
@@ -103,7 +96,7 @@ let databases = 0
 /** A database with EdgeMesh's schema and a few users, and a user of the host who backs it up. */
 async function site(t: ExecutionContext): Promise<Site> {
   const { postgres } = server()
-  const who = await worker(t)
+  const who = await plainUser(t)
   const database = `site_${++databases}`
   await postgres.query(`create database ${database} template ${template}`)
   const url = urlOf(postgres, database)
@@ -117,7 +110,7 @@ async function site(t: ExecutionContext): Promise<Site> {
     ...{ who, url, database, scripts, directory, metrics, settings },
     backup: (env = {}) => who.run('bash', [join(scripts, 'backup.sh')], { ...settings, ...env }),
     restore: (args, env = {}) => who.run('bash', [join(scripts, 'restore.sh'), ...args], { DATABASE_URL: url, ...env }),
-    query: (statement, values) => queryAt(url, statement, values),
+    query: (statement, values) => queryOnce(url, statement, values),
     async emptyDatabase(owner = 'edgemesh') {
       const name = `site_${++databases}`
       await postgres.query(`create database ${name} owner ${owner}`)
@@ -130,7 +123,7 @@ async function site(t: ExecutionContext): Promise<Site> {
 }
 
 async function addUsers(url: string, count: number, prefix = 'user'): Promise<void> {
-  await queryAt(
+  await queryOnce(
     url,
     `insert into users (id, email, name, role, status, created_at)
      select $1 || n, $1 || n || '@example.com', e'Ünï\\tcode\\\\' || n, 'admin', 'active', now() from generate_series(1, $2::int) n`,
@@ -139,7 +132,7 @@ async function addUsers(url: string, count: number, prefix = 'user'): Promise<vo
 }
 
 /** PostgreSQL's programs, some of them with a shell's lines before or in the place of the real one, which is "$real". */
-async function programs(who: Worker, own: Record<string, string>): Promise<string> {
+async function programs(who: PlainUser, own: Record<string, string>): Promise<string> {
   const folder = await who.subfolder('bin')
   for (const name of await readdir(postgresBin ?? '')) {
     const real = join(postgresBin ?? '', name)
@@ -151,9 +144,9 @@ async function programs(who: Worker, own: Record<string, string>): Promise<strin
 
 async function contentOf(url: string): Promise<unknown> {
   return {
-    users: await queryAt(url, 'select u::text from users u order by id'),
-    grants: await queryAt(url, 'select * from role_grants'),
-    rights: await queryAt(
+    users: await queryOnce(url, 'select u::text from users u order by id'),
+    grants: await queryOnce(url, 'select * from role_grants'),
+    rights: await queryOnce(
       url,
       `select name, array(select format('%s: %s %s', grantee::regrole, privilege_type, is_grantable) from aclexplode(acl) order by 1) as rights
        from (
@@ -177,7 +170,7 @@ judged('shellcheck finds nothing wrong with the scripts of backups', { shellchec
 
 judged('systemd finds nothing wrong with the units of backups', { 'systemd-analyze': analyze }, async t => {
   const units = ['edgemesh-backup.service', 'edgemesh-backup.timer', 'edgemesh-backup-failed.service']
-  const { folder } = await worker(t)
+  const { folder } = await plainUser(t)
   for (const name of units) {
     const shipped = await readFile(join(deploy, 'systemd', name), 'utf8')
     await writeFile(join(folder, name), shipped.replaceAll('/opt/edgemesh/backup', join(deploy, 'backup')))
@@ -560,7 +553,7 @@ backedUp('a restore that can not be right is refused, and changes nothing', asyn
     t.not(exitCode, 0, String(told))
     t.regex(stderr, told)
     t.deepEqual(await contentOf(url), now)
-    t.deepEqual(await queryAt(empty, 'select * from pg_tables where schemaname = $1', ['public']), [])
+    t.deepEqual(await queryOnce(empty, 'select * from pg_tables where schemaname = $1', ['public']), [])
   }
 
   await refuses(/is not empty\nhint: to give up all that is in it: restore\.sh --replace site_\d+ /, [file])
@@ -672,7 +665,7 @@ backedUp(
     const { exitCode, stderr } = await restore([await newest()], { DATABASE_URL: as('owner', fresh) })
     t.is(exitCode, 0, stderr)
     t.deepEqual(await contentOf(fresh), await contentOf(here.url))
-    const service = (statement: string) => queryAt(as('service', fresh), statement)
+    const service = (statement: string) => queryOnce(as('service', fresh), statement)
     await t.throwsAsync(service('delete from audit_events'), { code: '42501' } as object)
     await t.throwsAsync(service('drop table users'), { code: '42501' } as object)
     t.is((await service('select id from users')).length, 20)
@@ -682,7 +675,7 @@ backedUp(
 )
 
 test('systemd tells of a backup that has died without a word', async t => {
-  const who = await worker(t)
+  const who = await plainUser(t)
   const notice = join(who.folder, 'notice')
   const script = join(await installScripts(who), 'backup.sh')
   const env = { BACKUP_NOTIFY_COMMAND: `cat > ${notice}`, MONITOR_SERVICE_RESULT: 'oom-kill' }

@@ -7,10 +7,11 @@ import { createInterface } from 'node:readline'
 import test, { type ExecutionContext } from 'ava'
 import { list, stagesOf } from '../support/dockerfile.ts'
 import { eventually, testEnvironment } from '../support/edgemesh.ts'
+import { findProgram } from '../support/find-program.ts'
 import { freePort } from '../support/free-port.ts'
 import { findOpa } from '../support/opa.ts'
 import { testDatabase } from '../support/postgres.ts'
-import { deploy, findProgram, judged, root, say } from '../support/programs.ts'
+import { deploy, judged, root, say } from '../support/programs.ts'
 import { account, handOver, openFolder } from '../support/shipped-postgres.ts'
 
 const file = join(deploy, 'docker', 'Dockerfile')

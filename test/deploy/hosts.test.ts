@@ -5,7 +5,8 @@ import { join, relative } from 'node:path'
 import { promisify } from 'node:util'
 import { gunzip } from 'node:zlib'
 import test from 'ava'
-import { deploy, findProgram, judged, root, say } from '../support/programs.ts'
+import { findProgram } from '../support/find-program.ts'
+import { deploy, judged, root, say } from '../support/programs.ts'
 import { openFolder } from '../support/shipped-postgres.ts'
 
 const shellcheck = findProgram('shellcheck')

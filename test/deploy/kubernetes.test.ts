@@ -6,8 +6,9 @@ import test, { type ExecutionContext } from 'ava'
 import { parse, parseAllDocuments } from 'yaml'
 import { prometheusRules } from '../../deploy/kubernetes/prometheus-rules.ts'
 import { readSettings } from '../../src/settings.ts'
+import { findProgram } from '../support/find-program.ts'
 import { openSecrets, unknownSettings } from '../support/known-settings.ts'
-import { deploy, findProgram, judged, root, say } from '../support/programs.ts'
+import { deploy, judged, root, say } from '../support/programs.ts'
 import { makeSecrets, openFolder } from '../support/shipped-postgres.ts'
 
 const kustomize = findProgram('kustomize')

@@ -3,14 +3,9 @@ import { readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import test from 'ava'
 import { eventually } from '../support/edgemesh.ts'
-import {
-  findProgram,
-  password,
-  postgresBin,
-  postgresWithTools,
-  type Worker,
-  worker,
-} from '../support/postgres-with-tools.ts'
+import { findProgram } from '../support/find-program.ts'
+import { type PlainUser, plainUser } from '../support/plain-user.ts'
+import { password, postgresBin, postgresWithTools } from '../support/postgres-with-tools.ts'
 
 type Backup = { type: string; error: boolean; timestamp: { stop: number } }
 
@@ -18,7 +13,7 @@ const deploy = join(import.meta.dirname, '../../deploy/backup')
 const pgbackrest = findProgram('pgbackrest')
 
 /** The configuration that is shipped, with the paths of this test. @returns what its programs and PostgreSQL are started with */
-async function configured(who: Worker, pg: { directory: string; port: number; sockets: string }) {
+async function configured(who: PlainUser, pg: { directory: string; port: number; sockets: string }) {
   const [repository, logs, locks, spool, secrets] = await Promise.all(
     ['repository', 'logs', 'locks', 'spool', 'conf.d'].map(name => who.subfolder(name)),
   )
@@ -53,7 +48,7 @@ restored(
   `a database that was lost is brought back to a moment between two writes, and goes on from there${why}`,
   async t => {
     t.timeout(240_000)
-    const who = await worker(t)
+    const who = await plainUser(t)
     const sockets = await who.subfolder('s')
     const environment: Record<string, string> = {}
     const postgres = await postgresWithTools(t, who, {

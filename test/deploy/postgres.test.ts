@@ -1,14 +1,12 @@
-/** The configuration of PostgreSQL that is shipped, its roles and its replica: started from these very files. */
-import { readdirSync } from 'node:fs'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import test from 'ava'
 import pg from 'pg'
 import { findBinaries } from '../../src/db/embedded.ts'
 import { eventually, shared, testEnvironment } from '../support/edgemesh.ts'
-import { isExecutable } from '../support/executable.ts'
+import { findPostgres, findProgram } from '../support/find-program.ts'
 import { freePort } from '../support/free-port.ts'
-import { deploy, findProgram, judged, root, say } from '../support/programs.ts'
+import { deploy, judged, root, say } from '../support/programs.ts'
 import { serve } from '../support/serve.ts'
 import {
   account,
@@ -21,17 +19,7 @@ import {
 const psql = findProgram('psql')
 
 /** Debian's, which has pg_basebackup as well; the embedded one has not. */
-const debian = versions('/usr/lib/postgresql').find(bin => isExecutable(join(bin, 'pg_basebackup')))
-
-function versions(folder: string): string[] {
-  try {
-    return readdirSync(folder)
-      .map(version => join(folder, version, 'bin'))
-      .filter(bin => isExecutable(join(bin, 'postgres')))
-  } catch {
-    return []
-  }
-}
+const debian = findPostgres('pg_basebackup')
 
 /** Runs roles.sql as the superuser, who comes by the socket. */
 async function makeRoles(server: ShippedPostgres, psql: string, passwords = join(server.secrets, 'postgres')) {

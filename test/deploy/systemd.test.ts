@@ -4,8 +4,9 @@ import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import test from 'ava'
 import { readSettings } from '../../src/settings.ts'
+import { findProgram } from '../support/find-program.ts'
 import { openSecrets, unknownSettings } from '../support/known-settings.ts'
-import { deploy, findProgram, judged, say } from '../support/programs.ts'
+import { deploy, judged, say } from '../support/programs.ts'
 import { makeSecrets, openFolder } from '../support/shipped-postgres.ts'
 
 const analyze = findProgram('systemd-analyze')

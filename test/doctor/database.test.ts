@@ -8,7 +8,7 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { look, outsideAddress, strongSecret, told } from '../support/doctor.ts'
 import { eventually } from '../support/edgemesh.ts'
-import { isExecutable } from '../support/executable.ts'
+import { findProgram } from '../support/find-program.ts'
 import { freePort } from '../support/free-port.ts'
 import { ownPostgres } from '../support/own-postgres.ts'
 import { testDatabase } from '../support/postgres.ts'
@@ -190,7 +190,7 @@ test('a database that is far away is told', async t => {
 
 // ── A pooler on the way ────────────────────────────────────────────────────────────────────────────────────────────
 
-const pgbouncer = ['/usr/sbin/pgbouncer', '/usr/bin/pgbouncer'].find(isExecutable)
+const pgbouncer = findProgram('pgbouncer')
 
 /** In front of the database, until the test ends. @returns its URL */
 async function pooled(t: ExecutionContext, url: string, settings: Record<string, string>): Promise<string> {

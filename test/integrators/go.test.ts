@@ -3,14 +3,11 @@ import { execFileSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { delimiter, join } from 'node:path'
 import test from 'ava'
-import { isExecutable } from '../support/executable.ts'
+import { findProgram } from '../support/find-program.ts'
 import { exampleFolder, furnished, liveADaemonsLife } from './daemon.ts'
 import { installedBy, repository, scriptUnder } from './guide.ts'
 
-const folders = [join(repository, '.tools/bin'), ...(process.env.PATH ?? '').split(delimiter)]
-const missing = ['go', 'protoc-gen-go', 'protoc-gen-go-grpc'].filter(
-  name => !folders.some(folder => isExecutable(join(folder, name))),
-)
+const missing = ['go', 'protoc-gen-go', 'protoc-gen-go-grpc'].filter(name => findProgram(name) === undefined)
 /** As `.ci/tools` compiles, so that what it has compiled is found. */
 const env = { GOFLAGS: '-trimpath' }
 

@@ -6,20 +6,14 @@ import { createServer, type IncomingHttpHeaders } from 'node:http'
 import { Agent, request } from 'node:https'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
-import { delimiter, join } from 'node:path'
+import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
 import { rootsOf, serverCertificate, smallAuthority } from '../agent/small-server.ts'
 import { type Credentials, eventually } from './edgemesh.ts'
-import { isExecutable } from './executable.ts'
+import { findProgram } from './find-program.ts'
 import { freePort } from './free-port.ts'
 
 const configuration = join(import.meta.dirname, '../../deploy/envoy/envoy.yaml')
-
-/** Its path: ENVOY, the search path, .tools/bin. `undefined` if there is none. */
-export function findEnvoy(): string | undefined {
-  const folders = [...(process.env.PATH ?? '').split(delimiter), join(import.meta.dirname, '../../.tools/bin')]
-  return [process.env.ENVOY, ...folders.map(folder => join(folder, 'envoy'))].find(file => file && isExecutable(file))
-}
 
 export type Answer = { status: number; headers: IncomingHttpHeaders; body: string }
 
@@ -67,7 +61,7 @@ export async function startEnvoy(
   await writeFile(join(folder, 'envoy.yaml'), (options.edit ?? (text => text))(yaml))
 
   const args = ['-c', join(folder, 'envoy.yaml'), '--log-level', 'warn', '--concurrency', '1', '--disable-hot-restart']
-  const envoy = spawn(findEnvoy() as string, args, { stdio: ['ignore', 'ignore', 'pipe'] })
+  const envoy = spawn(findProgram('envoy') as string, args, { stdio: ['ignore', 'ignore', 'pipe'] })
   let said = ''
   envoy.stderr.on('data', text => {
     said += text

@@ -1,13 +1,11 @@
 /** The real grpcurl, wherever it is on this machine. */
 import { execFile, execFileSync } from 'node:child_process'
-import { delimiter, join } from 'node:path'
-import { isExecutable } from './executable.ts'
+import { join } from 'node:path'
+import { findProgram } from './find-program.ts'
 
-/** Its path: GRPCURL, the search path, .tools/bin, Go's own bin. `undefined` if there is none. */
+/** Its path; Go puts it into a folder of its own. */
 export function findGrpcurl(): string | undefined {
-  const folders = [...(process.env.PATH ?? '').split(delimiter), join(import.meta.dirname, '../../.tools/bin'), goBin()]
-  const candidates = [process.env.GRPCURL, ...folders.filter(Boolean).map(folder => join(folder as string, 'grpcurl'))]
-  return candidates.find(candidate => candidate && isExecutable(candidate))
+  return findProgram('grpcurl', goBin())
 }
 
 export type Ran = { exitCode: number; stdout: string; stderr: string }
@@ -22,11 +20,11 @@ export function run(program: string, args: string[]): Promise<Ran> {
   })
 }
 
-function goBin(): string | undefined {
+function goBin(): string {
   try {
     const folder = execFileSync('go', ['env', 'GOPATH'], { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] })
     return join(folder.trim(), 'bin')
   } catch {
-    return undefined
+    return ''
   }
 }

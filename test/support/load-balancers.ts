@@ -5,9 +5,9 @@ import { closeSync, existsSync, openSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
-import { delimiter, join } from 'node:path'
+import { join } from 'node:path'
 import type { ExecutionContext } from 'ava'
-import { isExecutable } from './executable.ts'
+import { findProgram } from './find-program.ts'
 import { freePort } from './free-port.ts'
 
 const deploy = join(import.meta.dirname, '..', '..', 'deploy')
@@ -35,12 +35,6 @@ export type Balancer = {
   checkOnly: string
 }
 
-/** Debian keeps nginx where only root looks. */
-function find(name: string): string | undefined {
-  const directories = [...(process.env.PATH ?? '').split(delimiter), '/usr/sbin']
-  return directories.map(directory => join(directory, name)).find(isExecutable)
-}
-
 async function folderOf(t: ExecutionContext): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'edgemesh-balancer-'))
   t.teardown(() => rm(folder, { recursive: true, force: true }))
@@ -57,7 +51,7 @@ function edited(text: string, ...edits: Edit[]): string {
 
 export const balancers: Record<'haproxy' | 'nginx', Balancer> = {
   haproxy: {
-    program: find('haproxy'),
+    program: findProgram('haproxy'),
     checkOnly: '-c',
     idle: {
       shipped: ['timeout client 2h', 'timeout server 2h'],
@@ -87,7 +81,7 @@ export const balancers: Record<'haproxy' | 'nginx', Balancer> = {
     },
   },
   nginx: {
-    program: existsSync(streamModule) ? find('nginx') : undefined,
+    program: existsSync(streamModule) ? findProgram('nginx') : undefined,
     checkOnly: '-t',
     idle: { shipped: ['proxy_timeout 2h;'], only: seconds => [['proxy_timeout 2h;', `proxy_timeout ${seconds}s;`]] },
     async prepare(t, backends, edits = []) {

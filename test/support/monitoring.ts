@@ -4,25 +4,20 @@ import { once } from 'node:events'
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
 import { tmpdir } from 'node:os'
-import { delimiter, join } from 'node:path'
+import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import type { ExecutionContext } from 'ava'
 import { eventually } from './edgemesh.ts'
-import { isExecutable } from './executable.ts'
+import { findProgram } from './find-program.ts'
 import { freePort } from './free-port.ts'
 
 const deploy = join(import.meta.dirname, '..', '..', 'deploy')
 
-export function find(...names: string[]): string | undefined {
-  const directories = (process.env.PATH ?? '').split(delimiter)
-  return names.flatMap(name => directories.map(directory => join(directory, name))).find(isExecutable)
-}
-
-export const promtool = find('promtool')
-export const amtool = find('amtool')
-export const prometheus = find('prometheus')
+export const promtool = findProgram('promtool')
+export const amtool = findProgram('amtool')
+export const prometheus = findProgram('prometheus')
 /** As Debian calls it, and as its makers do. */
-export const alertmanager = find('prometheus-alertmanager', 'alertmanager')
+export const alertmanager = findProgram('prometheus-alertmanager') ?? findProgram('alertmanager')
 
 /** What a program says, and how it ends. */
 export function run(program: string, args: string[]): Promise<{ exitCode: number; said: string }> {

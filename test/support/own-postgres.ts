@@ -12,6 +12,7 @@ import { chooseAccount } from '../../src/db/embedded-account.ts'
 import { createLog } from '../../src/telemetry/log.ts'
 import { eventually } from './edgemesh.ts'
 import { freePort } from './free-port.ts'
+import { queryOnce, smallServerArguments } from './small-postgres.ts'
 
 export type OwnPostgres = {
   /** Database `edgemesh`, as superuser. */
@@ -64,28 +65,17 @@ function own(t: ExecutionContext, folder: string, cluster: Cluster, port: number
 
   async function query<Row extends pg.QueryResultRow>(statement: string, values: unknown[] = []): Promise<Row[]> {
     const options = '-c default_transaction_read_only=off -c lock_timeout=0'
-    const client = new pg.Client({ connectionString: url, connectionTimeoutMillis: 5_000, options })
-    client.on('error', () => {})
-    await client.connect()
-    try {
-      return (await client.query<Row>(statement, values)).rows
-    } finally {
-      await client.end()
-    }
+    return queryOnce<Row>(url, statement, values, options)
   }
 
   async function start(): Promise<void> {
     const bin = findBinaries()
     const account = await chooseAccount(directory, [dirname(folder), join(bin, 'postgres'), join(bin, '../lib')])
-    const words = Object.entries({
-      listen_addresses: '127.0.0.1',
-      port: String(port),
-      unix_socket_directories: '',
-      max_connections: '60',
-      shared_buffers: '16MB',
-      ...settings,
-    }).flatMap(([name, value]) => ['-c', `${name}=${value}`])
-    const { file, args, options } = account.command(join(bin, 'postgres'), ['-D', directory, ...words])
+    const { file, args, options } = account.command(join(bin, 'postgres'), [
+      '-D',
+      directory,
+      ...smallServerArguments(port, settings),
+    ])
     const output = await open(join(folder, 'own.log'), 'a')
     const started = spawn(file, args, { ...options, cwd: '/', stdio: ['ignore', output.fd, output.fd] })
     server = started

@@ -28,10 +28,10 @@ import { text } from 'node:stream/consumers'
 import type { ExecutionContext } from 'ava'
 import { readDatabaseUrl } from '../../src/db/database-url.ts'
 import { eventually, secrets, testEnvironment } from './edgemesh.ts'
-import { isExecutable } from './executable.ts'
+import { findPostgres, findProgram } from './find-program.ts'
 import { freePort } from './free-port.ts'
 import { balancer, balancers, startBalancer } from './load-balancers.ts'
-import { alertmanager, find, prometheus, startAlertmanager, startInbox, startPrometheus } from './monitoring.ts'
+import { alertmanager, prometheus, startAlertmanager, startInbox, startPrometheus } from './monitoring.ts'
 import { findOpa } from './opa.ts'
 import { type ServedEdgeMesh, serve } from './serve.ts'
 
@@ -40,20 +40,20 @@ const deploy = join(root, 'deploy')
 const main = join(root, 'src', 'main.ts')
 
 /** Where Debian has PostgreSQL: the newest that is here. */
-const postgresBin = newestPostgres()
+const postgresBin = findPostgres()
 
 /** What the topology is made of; undefined is what this machine has not got. */
 export const programs = {
-  etcd: find('etcd'),
-  patroni: find('patroni'),
-  patronictl: find('patronictl'),
+  etcd: findProgram('etcd'),
+  patroni: findProgram('patroni'),
+  patronictl: findProgram('patronictl'),
   postgres: postgresBin,
   psql: postgresBin && join(postgresBin, 'psql'),
   haproxy: balancers.haproxy.program,
   prometheus,
   alertmanager,
   opa: findOpa(),
-  openssl: find('openssl'),
+  openssl: findProgram('openssl'),
 }
 
 /** A machine of the database: Patroni and its PostgreSQL. */
@@ -479,17 +479,4 @@ function postgresAccount(): { uid: number; gid: number } | undefined {
   const [, , uid, gid] = line?.split(':') ?? []
   if (uid === undefined) throw new Error('there is no account postgres')
   return { uid: Number(uid), gid: Number(gid) }
-}
-
-function newestPostgres(): string | undefined {
-  const home = '/usr/lib/postgresql'
-  try {
-    const versions = readdirSync(home)
-      .map(Number)
-      .filter(version => version >= 15)
-    const newest = versions.sort((a, b) => b - a).map(version => join(home, String(version), 'bin'))
-    return newest.find(bin => isExecutable(join(bin, 'postgres')))
-  } catch {
-    return undefined
-  }
 }

@@ -1,23 +1,10 @@
-/** The programs that judge what is shipped: where they are, what they say, and tests that are skipped, saying so, without them. */
+/** The programs that judge what is shipped: what they say, and tests that are skipped, saying so, without them. */
 import { execFile } from 'node:child_process'
-import { delimiter, join } from 'node:path'
+import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
-import { isExecutable } from './executable.ts'
 
 export const root = join(import.meta.dirname, '..', '..')
 export const deploy = join(root, 'deploy')
-
-/**
- * .ci/tools puts them into .tools/bin; Debian has those of administrators where only root looks. Not the whole search path:
- * npm puts programs of other people there, of the same names.
- */
-export function findProgram(name: string, ...elsewhere: string[]): string | undefined {
-  const folders = [join(root, '.tools', 'bin'), ...elsewhere, ...(process.env.PATH ?? '').split(delimiter)]
-  return [...folders, '/usr/bin', '/usr/sbin', '/bin', '/sbin']
-    .filter(folder => folder !== '' && !folder.includes('node_modules'))
-    .map(folder => join(folder, name))
-    .find(isExecutable)
-}
 
 export type Said = { exitCode: number; said: string; stdout: string }
 

@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { runAgent } from '../../src/agent/agent.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
+import { installScripts, manifestOf } from '../support/backup-scripts.ts'
 import {
   type Credentials,
   type EdgeMesh,
@@ -13,17 +14,10 @@ import {
   testEnvironment,
   unary,
 } from '../support/edgemesh.ts'
+import { findProgram } from '../support/find-program.ts'
 import { healthy } from '../support/healthy.ts'
-import {
-  findProgram,
-  installScripts,
-  manifestOf,
-  postgresBin,
-  postgresWithTools,
-  type Ran,
-  type Worker,
-  worker,
-} from '../support/postgres-with-tools.ts'
+import { type PlainUser, plainUser, type Ran } from '../support/plain-user.ts'
+import { postgresBin, postgresWithTools } from '../support/postgres-with-tools.ts'
 import { type Link, link } from '../support/relay.ts'
 
 const jq = findProgram('jq')
@@ -86,7 +80,7 @@ const isIn = async (mesh: Pick<EdgeMesh, 'clients'>, who: Credentials): Promise<
 }
 
 /** The audit log as it was shipped elsewhere, until the loss. */
-async function shipped(mesh: EdgeMesh, who: Worker, operator: string): Promise<string> {
+async function shipped(mesh: EdgeMesh, who: PlainUser, operator: string): Promise<string> {
   const server = `localhost:${mesh.server.apiPort}`
   const { exitCode, stdout, stderr } = await edgemesh(
     ['audit', 'export', '--server', server, '--credentials', operator],
@@ -105,7 +99,7 @@ drill(
   `a fleet goes on with its certificates when its database was lost and restored, and who was revoked stays out${why}`,
   async t => {
     t.timeout(240_000)
-    const who = await worker(t)
+    const who = await plainUser(t)
     const postgres = await postgresWithTools(t, who)
     const scripts = await installScripts(who)
     const [backups, state] = [await who.subfolder('backups'), await who.subfolder('state')]

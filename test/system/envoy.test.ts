@@ -3,13 +3,14 @@ import type { ExecutionContext } from 'ava'
 import test from 'ava'
 import { heartbeats } from '../support/device.ts'
 import { eventually, startEdgeMesh, unary } from '../support/edgemesh.ts'
-import { findEnvoy, startEnvoy } from '../support/envoy.ts'
+import { startEnvoy } from '../support/envoy.ts'
+import { findProgram } from '../support/find-program.ts'
 import { healthy } from '../support/healthy.ts'
 import { proxyIdentity } from '../support/proxy-identity.ts'
 
 /** Skipped where there is no Envoy: `.ci/tools` brings it, or name it in ENVOY. */
-const proxied = findEnvoy() ? test : test.skip
-if (!findEnvoy()) test.skip('envoy is not on this machine: run .ci/tools, or name it in ENVOY', t => t.pass())
+const proxied = findProgram('envoy') ? test : test.skip
+if (!findProgram('envoy')) test.skip('envoy is not on this machine: run .ci/tools, or name it in ENVOY', t => t.pass())
 
 async function start(t: ExecutionContext, edit?: (yaml: string) => string) {
   const mesh = await startEdgeMesh(t)
