@@ -2,6 +2,7 @@
 import { execFile } from 'node:child_process'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
+import pg from 'pg'
 import { runAgent } from '../../src/agent/agent.ts'
 import type { AgentEvent } from '../../src/agent/events.ts'
 import { installScripts, manifestOf } from '../support/backup-scripts.ts'
@@ -147,7 +148,11 @@ drill(
       const rows = await postgres.query(`select 1 from pg_stat_activity where application_name like 'edgemesh%'`)
       return rows.length > 0
     })
+    // What fails there makes the instance let go of its connections and come again. One that stays is seen whenever it is looked.
+    const staying = new pg.Client({ connectionString: postgres.url, application_name: 'edgemesh' })
+    await staying.connect()
     const early = await run('restore.sh', dump)
+    await staying.end()
     t.is(early.exitCode, 1)
     t.regex(early.stderr, /edgemesh is in use, by: edgemesh|somebody has connected to the database meanwhile/)
     way.cut()
