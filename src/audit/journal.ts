@@ -18,7 +18,7 @@ import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { apart, database, spanned } from '../telemetry/tracing.ts'
 import { AuditEvent } from './entities.ts'
-import { insertStatement, type JournalTable, rowText } from './journal-table.ts'
+import { insertStatement, type JournalTable, namedRowText, rowText } from './journal-table.ts'
 import {
   canonicalJson,
   createChain,
@@ -87,6 +87,9 @@ type Append = {
   also?: 'open' | 'anchor' | 'close'
 }
 
+/** Those of one table in a batch. By their key where only the last of several counts. */
+type RowTexts = { texts: string[]; byKey: Map<string, string> }
+
 export function startJournal(options: {
   pool: pg.Pool
   log: Log
@@ -150,29 +153,30 @@ export function startJournal(options: {
   }
 
   async function commit(batch: readonly Append[]): Promise<number> {
-    /** The texts of each table's rows, by their key where only the last of several counts. */
-    const textsOf = new Map<JournalTable, Map<string | number, string>>()
+    const textsOf = new Map<JournalTable, RowTexts>()
     const sealed: SealedRow[] = []
     for (const append of batch) {
       if (append.committed) sealed.push(...append.committed)
       for (const { table, row } of append.entries) {
-        const text = rowText(table, row)
+        const named = namedRowText(table, row)
         let texts = textsOf.get(table)
         if (!texts) {
-          texts = new Map()
+          texts = { texts: [], byKey: new Map() }
           textsOf.set(table, texts)
         }
-        texts.set(table.key ? table.key(row) : texts.size, text)
-        const inSeal = sealedRow(table, row, text)
+        if (table.key) texts.byKey.set(table.key(row), rowText(table, named))
+        else texts.texts.push(rowText(table, named))
+        const inSeal = sealedRow(table, row, named)
         if (inSeal) sealed.push(inSeal)
       }
     }
     let count = 0
     const inserts: string[] = []
     const parameters: unknown[] = []
-    for (const [table, texts] of textsOf) {
-      count += texts.size
-      parameters.push(`[${[...texts.values()].join(',')}]`)
+    for (const [table, { texts, byKey }] of textsOf) {
+      texts.push(...byKey.values())
+      count += texts.length
+      parameters.push(`[${texts.join(',')}]`)
       inserts.push(insertStatement(table, parameters.length))
     }
     const [opening, closing] = (['open', 'close'] as const).map(what => batch.some(({ also }) => also === what))
@@ -282,7 +286,7 @@ export function startJournal(options: {
       let uncommitted: SealedRow[] = []
       return {
         vouch(row) {
-          const event = sealedRow(auditEventsTable, row, rowText(auditEventsTable, row)) as SealedRow
+          const event = sealedRow(auditEventsTable, row, namedRowText(auditEventsTable, row)) as SealedRow
           uncommitted.push(event)
           return macOfRow(sealKey, event)
         },
