@@ -315,15 +315,15 @@ function tally(meter: Meter, name: string, description: string, labels: readonly
     }
   })
 
-  function add(count: number, ...labelValues: string[]): void {
-    const [first = '', second = ''] = labelValues
-    const rest = labelValues.length <= 2 ? second : labelValues.slice(1).join('\n')
+  function add(count: number, first = '', second = '', ...others: string[]): void {
+    const rest = others.length === 0 ? second : [second, ...others].join('\n')
     const ofFirst = sums.get(first)
     const known = ofFirst?.get(rest)
     if (known) {
       known.sum += count
       return
     }
+    const labelValues = [first, second, ...others].slice(0, labels.length)
     // One place is kept for `other` itself, so that it can always be entered.
     const isOther = labelValues.every(value => value === 'other')
     if (series >= SERIES_MAX - 1 && !isOther) {
