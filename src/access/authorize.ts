@@ -21,12 +21,12 @@ import type {
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { answerOf, denial, passing, undecided } from './answers.ts'
-import { connectionIdOf, messageOf } from './connection-id.ts'
-import { createConnectionMap } from './connection-map.ts'
+import { connectionIdOf } from './connection-id.ts'
 import type { AccessQuestion, Decider } from './decide.ts'
 import { decideAndLease, endingBy } from './decide-and-lease.ts'
 import { decisionEntry, newDecisionId } from './decision-records.ts'
 import type { Facts } from './facts.ts'
+import { createLeaseSet } from './lease-set.ts'
 import type { Lease, Leases, Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import type { RevocationWatch } from './revocations.ts'
@@ -129,8 +129,10 @@ export function createAuthorize(deps: ContinuousDeps) {
     if (call.caller.kind !== 'device') throw new Error('the method is for devices only')
     const deviceId = call.caller.id
     call.audit.target = `device/${deviceId}`
-    /** The leases of this stream, by connection id. */
-    const held = createConnectionMap<Lease>()
+    /** The leases of this stream that its device has been told of. */
+    const held = createLeaseSet<'atStream', Lease>('atStream')
+    /** What was taken back before that. */
+    const untold = new WeakMap<Lease, Revocation>()
     /** Once the stream has ended; questions may still be under way. */
     let over = false
     /** It has ended by what passes: its device will be back. */
@@ -142,9 +144,13 @@ export function createAuthorize(deps: ContinuousDeps) {
       greeting = undefined
     }
 
-    function revoked({ lease, reasons, policyRevision, decisionId, sinceMs }: Revocation): void {
-      // A lease that its holder has not been told of yet turns into a denial instead (see `ask`).
-      if (!held.remove(lease)) return
+    function revoked(revocation: Revocation): void {
+      const { lease, reasons, policyRevision, decisionId, sinceMs } = revocation
+      if (!held.remove(lease)) {
+        // It turns into a denial instead (see `ask`).
+        untold.set(lease, revocation)
+        return
+      }
       const value = { connectionId: lease.id, questionId: lease.questionId, reasons, policyRevision, decisionId }
       send({ $case: 'revoked', value })
       pushed.add(lease.id, sinceMs)
@@ -157,9 +163,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     async function ask(questions: Question[], userAssertion: string): Promise<Answer[]> {
       const startedAt = performance.now()
       const asserting = deps.assertions?.demanded(userAssertion, 'device')
-      const asked = questions.map((question, at) =>
-        checkQuestion(question, deviceId, `questions.questions[${at}]`, asserting),
-      )
+      const asked = questions.map((question, at) => checkQuestion(question, deviceId, at, asserting))
       if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
       const wait = deps.limit(callerName(call.caller), asked.length)
       if (wait) await wait
@@ -175,26 +179,28 @@ export function createAuthorize(deps: ContinuousDeps) {
           return questions.map(({ id }) => denial(id, error.why))
         }
       }
-      const revocations = new Map<string, Revocation>()
-      const push = (revocation: Revocation) => {
-        revocations.set(revocation.lease.id, revocation)
-        revoked(revocation)
-      }
       const id = newDecisionId()
-      const message = messageOf(id)
+      const now = deps.clock()
       const deciding = allOrNone(
         asked,
-        (question, at) =>
-          decideAndLease(deps, question, {
-            id: connectionIdOf(message, at),
-            message,
-            place: at,
-            decisionId: `${id}.${at}`,
+        (question, at) => {
+          const wanted = {
+            id: connectionIdOf(id, at),
             questionId: questions[at]?.id ?? '',
+            question,
+            decisionId: `${id}.${at}`,
+            userId: '',
+            role: '',
+            serviceId: '',
+            grantedAtMs: now,
+            recorded: false,
+            expiresAtMs: now,
             assertedUntilMs,
-            push,
+            push: revoked,
             moved,
-          }),
+          }
+          return decideAndLease(deps, wanted, now)
+        },
         ({ lease }) => lease && deps.leases.drop(lease),
       )
       const decided = deciding instanceof Promise ? await deciding : deciding
@@ -208,12 +214,12 @@ export function createAuthorize(deps: ContinuousDeps) {
       }
       let allowed = 0
       const answers = decided.map(({ question, verdict, lease }, at) => {
-        const decisionId = `${id}.${at}`
+        const decisionId = lease?.decisionId ?? `${id}.${at}`
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
         else deps.onDenied(verdict.reasons)
         deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
-        const revocation = lease && revocations.size > 0 ? revocations.get(lease.id) : undefined
+        const revocation = lease?.state === 'revoked' ? untold.get(lease) : undefined
         if (revocation) {
           const { reasons, policyRevision, decisionId } = revocation
           return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
@@ -232,10 +238,18 @@ export function createAuthorize(deps: ContinuousDeps) {
       if (over) letGo([lease], isKnown)
     }
 
+    function heldAs(connectionId: string): Lease | undefined {
+      const lease = deps.leases.find(connectionId)
+      return lease && held.has(lease) ? lease : undefined
+    }
+
     function close(ids: string[]): string[] {
       bounded('close.connection_ids', ids.length)
-      const leases = ids.flatMap(id => held.get(id) ?? [])
-      for (const lease of leases) held.remove(lease)
+      const leases: Lease[] = []
+      for (const id of ids) {
+        const lease = heldAs(id)
+        if (lease && held.remove(lease)) leases.push(lease)
+      }
       return deps.leases.close(leases, closedEntry).map(({ id }) => id)
     }
 
@@ -290,7 +304,7 @@ export function createAuthorize(deps: ContinuousDeps) {
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
     function renew(ids: string[], userAssertion: string): Promise<Answer[]> {
       bounded('renew.connection_ids', ids.length)
-      return Promise.all(ids.map(id => renewOne(id, held.get(id), userAssertion)))
+      return Promise.all(ids.map(id => renewOne(id, heldAs(id), userAssertion)))
     }
 
     async function renewOne(id: string, lease: Lease | undefined, userAssertion: string): Promise<Answer> {
@@ -325,9 +339,12 @@ export function createAuthorize(deps: ContinuousDeps) {
         if (kind?.$case === 'questions') {
           const { questions, userAssertion = '' } = kind.value
           bounded('questions.questions', questions.length)
-          const answers = await ask(questions, userAssertion).catch(error =>
-            noneDecided(questions.map(({ id }) => undecided(id, error))),
-          )
+          let answers: Answer[]
+          try {
+            answers = await ask(questions, userAssertion)
+          } catch (error) {
+            answers = noneDecided(questions.map(({ id }) => undecided(id, error)))
+          }
           send({ $case: 'answers', value: { answers } })
         } else if (kind?.$case === 'renew') {
           send({
@@ -372,15 +389,17 @@ function allOrNone<Asked, T>(
   act: (asked: Asked, at: number) => T | Promise<T>,
   undo: (done: T) => void,
 ): T[] | Promise<T[]> {
-  const done: (T | Promise<T>)[] = []
+  const done = new Array<T | Promise<T>>(asked.length)
   let waits = false
+  let at = 0
   try {
-    for (const one of asked) {
-      const result = act(one, done.length)
+    for (; at < asked.length; at++) {
+      const result = act(asked[at] as Asked, at)
       if (result instanceof Promise) waits = true
-      done.push(result)
+      done[at] = result
     }
   } catch (error) {
+    done.length = at
     done.push(Promise.reject(error))
     waits = true
   }
@@ -435,7 +454,10 @@ function refusalEntry(call: Call, asked: AccessQuestion[], { code, reason }: Fau
 /** Who a question is about is who asks; only operators and services ask about others. */
 function deviceAsked(request: CheckRequest, { caller }: Call): string {
   if (caller.kind !== 'device') {
-    if (request.deviceId) return checkedName('device_id', request.deviceId)
+    if (request.deviceId) {
+      checkName(request.deviceId, () => 'device_id')
+      return request.deviceId
+    }
     throw invalidField('device_id', `is missing: a ${caller.kind} has to say which device it asks about`)
   }
   if (request.deviceId && request.deviceId !== caller.id) {
@@ -445,28 +467,37 @@ function deviceAsked(request: CheckRequest, { caller }: Call): string {
   return caller.id
 }
 
-/** @param asserted the user may be named by an assertion alone */
-export function checkQuestion(question: Question, deviceId: string, field: string, asserted = false): AccessQuestion {
-  if (question.id.length > questionIdCharactersMax) {
-    throw invalidField(`${field}.id`, `has to be of at most ${questionIdCharactersMax} characters`)
+/**
+ * @param place the field that holds it, or its place in the message; a path is made only of what is wrong
+ * @param asserted the user may be named by an assertion alone
+ */
+export function checkQuestion(
+  question: Question,
+  deviceId: string,
+  place: string | number,
+  asserted = false,
+): AccessQuestion {
+  const { id, user, service, action } = question
+  if (id.length > questionIdCharactersMax) {
+    throw invalidField(pathOf(place, 'id'), `has to be of at most ${questionIdCharactersMax} characters`)
   }
-  if (question.action.length > actionCharactersMax || question.action.includes('\0')) {
-    throw invalidField(`${field}.action`, `has to be of at most ${actionCharactersMax} characters, without NUL`)
+  if (action.length > actionCharactersMax || action.includes('\0')) {
+    throw invalidField(pathOf(place, 'action'), `has to be of at most ${actionCharactersMax} characters, without NUL`)
   }
-  return {
-    deviceId,
-    user: asserted && question.user === '' ? '' : checkedName(`${field}.user`, question.user),
-    service: checkedName(`${field}.service`, question.service),
-    action: question.action || 'connect',
-  }
+  if (!(asserted && user === '')) checkName(user, () => pathOf(place, 'user'))
+  checkName(service, () => pathOf(place, 'service'))
+  return { deviceId, user, service, action: action || 'connect' }
 }
 
-function checkedName(field: string, name: string): string {
-  if (name.length === 0) throw invalidField(field, 'is missing')
+function pathOf(place: string | number, field: keyof Question): string {
+  return `${typeof place === 'number' ? `questions.questions[${place}]` : place}.${field}`
+}
+
+function checkName(name: string, path: () => string): void {
+  if (name.length === 0) throw invalidField(path(), 'is missing')
   if (name.length > nameCharactersMax || name.includes('\0')) {
-    throw invalidField(field, `has to be of at most ${nameCharactersMax} characters, without NUL`)
+    throw invalidField(path(), `has to be of at most ${nameCharactersMax} characters, without NUL`)
   }
-  return name
 }
 
 function bounded(field: string, length: number): void {

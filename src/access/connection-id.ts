@@ -1,32 +1,19 @@
 /**
  * Ids of connections: the id of the decision that allowed it, but for the last byte, which is the place of the question in its
- * message. A decision's own ends in 00 (`newDecisionId`).
+ * message. A decision's own ends in 00 (`newDecisionId`), so that is the id of the first connection, too.
  */
-
-export type ConnectionPlace = {
-  /** What the ids of a decision and of its connections have in common. */
-  message: string
-  /** The last byte. */
-  place: number
-}
 
 const idLength = 36
 const bytes = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, '0'))
 
-/** @param message by `messageOf` the decision @param place below 256 */
-export function connectionIdOf(message: string, place: number): string {
-  return message + bytes[place]
+/** @param decisionId by `newDecisionId` @param place below 256 */
+export function connectionIdOf(decisionId: string, place: number): string {
+  return place === 0 ? decisionId : decisionId.slice(0, -2) + bytes[place]
 }
 
-/** That of the id that was read last: the next one is mostly of the same message, which then is the same string. */
-let lastMessage = '-'
-
-/** @returns the empty string where it is no id */
-export function messageOf(id: string): string {
-  if (id.length !== idLength) return ''
-  // A part of a string refers to the whole, and is slower to compare than a string of its own.
-  if (!id.startsWith(lastMessage)) lastMessage = Buffer.from(id.slice(0, -2), 'latin1').toString('latin1')
-  return lastMessage
+/** The decision that a connection has its id from. @param connectionId for which `placeOf` knows a place */
+export function decisionIdOf(connectionId: string): string {
+  return `${connectionId.slice(0, -2)}00`
 }
 
 /** @returns -1 where it is no id */
@@ -36,11 +23,16 @@ export function placeOf(id: string): number {
   return high < 0 || low < 0 ? -1 : high * 16 + low
 }
 
-/** @param id of a connection on record */
-export function readConnectionId(id: string): ConnectionPlace {
-  const [message, place] = [messageOf(id), placeOf(id)]
-  if (place < 0) throw new RangeError(`${JSON.stringify(id)} is no id of a connection`)
-  return { message, place }
+/**
+ * A number of 32 bits that tells most ids apart: FNV-1a of the last ten digits, which are random in UUIDv7 but for the place.
+ * What is no id has one, too.
+ */
+export function hashOf(id: string): number {
+  let hash = 0x811c9dc5
+  for (let at = Math.max(0, id.length - 10); at < id.length; at++) {
+    hash = Math.imul(hash ^ id.charCodeAt(at), 0x01000193)
+  }
+  return hash
 }
 
 /** There is one spelling of each. */

@@ -1,10 +1,10 @@
 /**
- * Maps by connection id. The connections of one message share an entry, since their ids differ in the last byte alone: what a
- * message of many does to a map costs about what a message of one does.
+ * A map by connection id. Of ids only a number is hashed (`hashOf`), and a whole id is looked at once, when it has been found: ids
+ * are strings all over the heap, and fetching them is what a map of strings spends its time on.
  */
-import { type ConnectionPlace, messageOf, placeOf } from './connection-id.ts'
+import { hashOf } from './connection-id.ts'
 
-export type ConnectionMap<V extends ConnectionPlace> = {
+export type ConnectionMap<V extends { id: string }> = {
   get(connectionId: string): V | undefined
   /** Takes the place of the one with the same id. */
   add(connection: V): void
@@ -16,42 +16,53 @@ export type ConnectionMap<V extends ConnectionPlace> = {
   values(): V[]
 }
 
-export function createConnectionMap<V extends ConnectionPlace>(): ConnectionMap<V> {
-  const messages = new Map<string, { places: (V | undefined)[]; count: number }>()
+export function createConnectionMap<V extends { id: string }>(): ConnectionMap<V> {
+  /** Those whose ids have the same hash are in one list. */
+  const byHash = new Map<number, V | V[]>()
   let size = 0
 
+  function get(id: string): V | undefined {
+    const found = byHash.get(hashOf(id))
+    if (found === undefined) return undefined
+    if (Array.isArray(found)) return found.find(connection => connection.id === id)
+    return found.id === id ? found : undefined
+  }
+
+  function remove(connection: V): boolean {
+    const hash = hashOf(connection.id)
+    const found = byHash.get(hash)
+    if (found === undefined) return false
+    if (found === connection) byHash.delete(hash)
+    else if (Array.isArray(found) && found.includes(connection)) {
+      const others = found.filter(other => other !== connection)
+      byHash.set(hash, others.length === 1 ? (others[0] as V) : others)
+    } else return false
+    size--
+    return true
+  }
+
   function forEach(visit: (connection: V) => void): void {
-    for (const { places } of messages.values()) {
-      for (const connection of places) if (connection !== undefined) visit(connection)
+    for (const found of byHash.values()) {
+      if (Array.isArray(found)) found.forEach(visit)
+      else visit(found)
     }
   }
 
   return {
-    get(connectionId) {
-      return messages.get(messageOf(connectionId))?.places[placeOf(connectionId)]
-    },
+    get,
     add(connection) {
-      const { message, place } = connection
-      let entry = messages.get(message)
-      if (entry === undefined) {
-        entry = { places: [], count: 0 }
-        messages.set(message, entry)
+      const hash = hashOf(connection.id)
+      const found = byHash.get(hash)
+      if (found === undefined) byHash.set(hash, connection)
+      else {
+        const all = Array.isArray(found) ? found : [found]
+        const others = all.filter(({ id }) => id !== connection.id)
+        size -= all.length - others.length
+        byHash.set(hash, others.length === 0 ? connection : [...others, connection])
       }
-      if (entry.places[place] === undefined) {
-        entry.count++
-        size++
-      }
-      entry.places[place] = connection
+      size++
     },
-    remove(connection) {
-      const { message, place } = connection
-      const entry = messages.get(message)
-      if (entry === undefined || entry.places[place] !== connection) return false
-      entry.places[place] = undefined
-      size--
-      if (--entry.count === 0) messages.delete(message)
-      return true
-    },
+    remove,
     get size() {
       return size
     },

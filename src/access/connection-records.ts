@@ -12,7 +12,7 @@ import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
 import { untilCommitted } from '../db/failure.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
-import { connectionIdOf, messageOf, placeOf } from './connection-id.ts'
+import { decisionIdOf, placeOf } from './connection-id.ts'
 import { joinInput } from './decision-records.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -119,7 +119,7 @@ export async function recordFromDecisions(
 ): Promise<number> {
   const within = (recordedAfterMs + graceMs + unnoticedMs) / 1_000
   const asked = ids.filter(id => placeOf(id) >= 0)
-  const [decisions, places] = [asked.map(decisionOf), asked.map(placeOf)]
+  const [decisions, places] = [asked.map(decisionIdOf), asked.map(placeOf)]
   const { rowCount } = await pool.query(fromDecisions, [
     asked,
     decisions,
@@ -148,8 +148,6 @@ const fromDecisions = `
       and event.method = $6 and event.detail -> 'closed' ? wanted.id::text
   )
   on conflict (id) do nothing`
-
-const decisionOf = (connectionId: string) => connectionIdOf(messageOf(connectionId), 0)
 
 // An instance of the version before does not hand over: it would write an end of what it has lost. The lock makes who claims
 // the same rows wait, in one order; so the one behind sees whose they have become.

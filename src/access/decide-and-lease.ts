@@ -1,6 +1,7 @@
 /** Deciding a question, and watching over what is allowed from that very moment on. */
+import type { Clock } from '../clock.ts'
 import { Fault } from '../fault.ts'
-import type { AccessQuestion, Decider, Decision, Verdict } from './decide.ts'
+import type { Decider, Decision, Verdict } from './decide.ts'
 import type { Decided } from './decision-records.ts'
 import type { Facts } from './facts.ts'
 import type { Granted, Lease, Leases } from './leases.ts'
@@ -13,20 +14,24 @@ export type DecidedAndLeased = Decided & { lease: Lease | undefined }
 /**
  * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
  * evaluated, it is decided again.
+ *
+ * @param wanted what there is of the lease; what it rests on is filled in
+ * @param nowMs the clock's time, read once for all questions of a message
  */
 export function decideAndLease(
   deps: LeasingDeps,
-  question: AccessQuestion,
-  known: Known,
+  wanted: Granted,
+  nowMs: number,
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
-  const decision = deps.decider.decide(question)
+  const { question } = wanted
+  const decision = deps.decider.decide(question, nowMs)
   // What is decided at once is decided by what is so now.
-  if (!(decision instanceof Promise)) return leased(deps, question, known, decision)
+  if (!(decision instanceof Promise)) return leased(deps, wanted, decision)
   return decision.then(decided => {
     const isCurrent = !decided.verdict.allow || deps.facts.isCurrent(question, decided.ground)
-    if (isCurrent) return leased(deps, question, known, decided)
-    if (attempt < attemptsMax) return decideAndLease(deps, question, known, attempt + 1)
+    if (isCurrent) return leased(deps, wanted, decided)
+    if (attempt < attemptsMax) return decideAndLease(deps, wanted, deps.clock(), attempt + 1)
     throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
       retryAfterMs: 100,
     })
@@ -37,31 +42,20 @@ export type LeasingDeps = {
   decider: Pick<Decider, 'decide'>
   facts: Pick<Facts, 'isCurrent'>
   leases: Pick<Leases, 'grant'>
+  clock: Clock
 }
 
-/** What a lease is made of, beside the answer. */
-type Known = Omit<Granted, 'question' | 'userId' | 'role' | 'serviceId' | 'expiresAtMs'>
-
-function leased(deps: LeasingDeps, question: AccessQuestion, known: Known, decision: Decision): DecidedAndLeased {
-  const verdict = endingBy(decision.verdict, known.assertedUntilMs)
+function leased(deps: LeasingDeps, wanted: Granted, decision: Decision): DecidedAndLeased {
+  const { question } = wanted
+  const verdict = endingBy(decision.verdict, wanted.assertedUntilMs)
   if (!verdict.allow) return { question, verdict, lease: undefined }
   const { user, service } = decision.ground
-  const wanted: Granted = {
-    id: known.id,
-    message: known.message,
-    place: known.place,
-    grantedAtMs: known.grantedAtMs,
-    questionId: known.questionId,
-    question,
-    userId: user.value?.id ?? '',
-    role: user.value?.role ?? '',
-    serviceId: service.value?.id ?? '',
-    expiresAtMs: verdict.expiresAtMs,
-    assertedUntilMs: known.assertedUntilMs,
-    decisionId: known.decisionId,
-    push: known.push,
-    moved: known.moved,
-  }
+  // The one that stays in memory is the one that is there already.
+  wanted.question = verdict.question
+  wanted.userId = user.value?.id ?? ''
+  wanted.role = user.value?.role ?? ''
+  wanted.serviceId = service.value?.id ?? ''
+  wanted.expiresAtMs = verdict.expiresAtMs
   return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
 }
 

@@ -19,6 +19,8 @@ import type { AuthzInput, PolicyDecision, PolicyEngine, PolicyReason, Weekday } 
 export type AccessQuestion = { deviceId: string; user: string; service: string; action: string }
 
 export type Verdict = {
+  /** Whoever asks the same is answered by the same verdict. */
+  question: AccessQuestion
   allow: boolean
   reasons: PolicyReason[]
   policyRevision: string
@@ -43,9 +45,10 @@ export type Decider = {
   /**
    * At once where facts and verdict are in memory.
    *
+   * @param nowMs default: by the clock
    * @throws Fault UNAVAILABLE when policy or facts can't be had; never guesses
    */
-  decide(question: AccessQuestion): Decision | Promise<Decision>
+  decide(question: AccessQuestion, nowMs?: number): Decision | Promise<Decision>
   stats(): { entries: number; hits: number; misses: number; invalidations: ReadonlyMap<InvalidationCause, number> }
 }
 
@@ -87,7 +90,7 @@ export function createDecider(options: {
     if (allow && clock() >= expiresAtMs && clock() > now) throw tooSlow()
     const answer = { allow, reasons, policyRevision, evaluatedAtMs: now, expiresAtMs }
     const first = canonicalJson({ ...recordOf(question, answer), input })
-    const verdict = { ...answer, input, onRecord: { expiresAtMs, first } }
+    const verdict = { question, ...answer, input, onRecord: { expiresAtMs, first } }
     // Decided by a policy that has been replaced meanwhile, it is an answer to who asked then, and to nobody else.
     if (engine.revision() === policyRevision) verdicts.set(asked, { verdict, ground })
     return verdict
@@ -121,8 +124,7 @@ export function createDecider(options: {
   }
 
   return {
-    decide(question) {
-      const now = clock()
+    decide(question, now = clock()) {
       const ground = facts.ground(question, now)
       if (!(ground instanceof Promise)) return decideOn(question, ground, now)
       return spanned('facts', {}, () => ground).then(known => decideOn(question, known, clock()))
@@ -132,8 +134,8 @@ export function createDecider(options: {
 }
 
 /** The input of a verdict is on record: with the decision of this id, dated `at`. Later uses of it refer to that. */
-export function keepsOnRecord(verdict: Verdict, question: AccessQuestion, id: string, at: Date): void {
-  const { onRecord } = verdict
+export function keepsOnRecord(verdict: Verdict, id: string, at: Date): void {
+  const { onRecord, question } = verdict
   if (onRecord.place) return
   onRecord.place = { inputOf: id, inputAt: at }
   const asPolicyGaveIt = { ...verdict, expiresAtMs: onRecord.expiresAtMs }
@@ -141,13 +143,13 @@ export function keepsOnRecord(verdict: Verdict, question: AccessQuestion, id: st
 }
 
 /** What a decision that is answered by the verdict puts on record, as JSON. */
-export function recordText(verdict: Verdict, question: AccessQuestion): string {
-  const { onRecord, expiresAtMs, input } = verdict
+export function recordText(verdict: Verdict): string {
+  const { onRecord, expiresAtMs, input, question } = verdict
   if (expiresAtMs === onRecord.expiresAtMs) return onRecord.again ?? onRecord.first
   return canonicalJson({ ...recordOf(question, verdict), ...(onRecord.place ?? { input }) })
 }
 
-function recordOf({ user, service, action }: AccessQuestion, answer: Omit<Verdict, 'input' | 'onRecord'>) {
+function recordOf({ user, service, action }: AccessQuestion, answer: Omit<Verdict, 'question' | 'input' | 'onRecord'>) {
   const { allow, reasons, policyRevision, evaluatedAtMs, expiresAtMs } = answer
   const [evaluatedAt, expiresAt] = [new Date(evaluatedAtMs), new Date(expiresAtMs)]
   return { user, service, action, allow, reasons, policyRevision, evaluatedAt, expiresAt }

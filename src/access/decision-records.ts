@@ -91,13 +91,13 @@ function decisionRow(
     by.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${decided.map(({ question, verdict }) => recordText(verdict, question)).join(',')}]`,
+    `[${decided.map(({ verdict }) => recordText(verdict)).join(',')}]`,
   ]
   return {
     entry: { table: decisionsTable, row },
     committed() {
-      decided.forEach(({ question, verdict }, place) => {
-        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, question, `${id}.${place}`, at)
+      decided.forEach(({ verdict }, place) => {
+        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, `${id}.${place}`, at)
       })
     },
   }

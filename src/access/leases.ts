@@ -23,16 +23,16 @@ import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { spannedApart } from '../telemetry/tracing.ts'
-import type { ConnectionPlace } from './connection-id.ts'
-import { type ConnectionMap, createConnectionMap } from './connection-map.ts'
+import { createConnectionMap } from './connection-map.ts'
 import { connectionEntry, departedConnections, recordedAfterMs } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
+import { createLeaseSet, type LeaseSet, type SetOfLeases } from './lease-set.ts'
 import type { PolicyEngine, PolicyReason } from './policy-engine.ts'
 import { assertionExpired } from './user-assertion.ts'
 
 export type LeaseState = 'active' | 'suspended' | 'revoked' | 'closed' | 'moved'
 
-export type Lease = ConnectionPlace & {
+export type Lease = Record<SetOfLeases, number> & {
   id: string
   questionId: string
   question: AccessQuestion
@@ -67,10 +67,8 @@ export type Revocation = {
   sinceMs: number | undefined
 }
 
-/** `grantedAtMs`: of a connection that is resumed, and so has a row; default: now, and it has none yet. */
-export type Granted = Omit<Lease, 'state' | 'grantedAtMs' | 'recorded' | 'resumeBy' | 'turn'> & {
-  grantedAtMs?: number | undefined
-}
+/** `recorded`: it is resumed, and so has a row. */
+export type Granted = Omit<Lease, SetOfLeases | 'state' | 'resumeBy' | 'turn'>
 
 export type Leases = {
   /**
@@ -95,6 +93,8 @@ export type Leases = {
    * @param resumeByMs by the database's clock; default: for the grace time from now on
    */
   suspend(leases: Iterable<Lease>, resumeByMs?: number): void
+  /** One that is active or suspended. */
+  find(connectionId: string): Lease | undefined
   /** It was never told to anybody. */
   drop(lease: Lease): void
   /** Looks up which of these connections have ended or moved elsewhere. @throws when the database can't be asked */
@@ -147,7 +147,7 @@ export function createLeases(options: LeasesOptions): Leases {
   const { decider, engine, feed, clock, log, graceMs, instanceId } = options
   /** Those that are active or suspended, by id. */
   const watched = createConnectionMap<Lease>()
-  const byDevice = new Map<string, ConnectionMap<Lease>>()
+  const byDevice = new Map<string, LeaseSet<Lease>>()
   /** By device, those that have waited longest first. */
   const suspended = groups<Lease>()
   /** To be decided anew, each with the moment since when it might not stand. */
@@ -322,32 +322,35 @@ export function createLeases(options: LeasesOptions): Leases {
     for (const lease of suspended.all()) {
       if (lease.resumeBy && lease.resumeBy.getTime() <= databaseNow) closeUnresumed(lease)
     }
-    for (const lease of those(({ expiresAtMs }) => expiresAtMs <= now)) enqueue([lease], lease.expiresAtMs)
-    const lasting = those(({ recorded, grantedAtMs }) => !recorded && Math.abs(now - grantedAtMs) >= recordedAfterMs)
+    const expired: Lease[] = []
+    const lasting: Lease[] = []
+    watched.forEach(lease => {
+      const { expiresAtMs, recorded, grantedAtMs } = lease
+      if (expiresAtMs <= now) expired.push(lease)
+      if (!recorded && Math.abs(now - grantedAtMs) >= recordedAfterMs) lasting.push(lease)
+    })
     for (let at = 0; at < lasting.length; at += recordedAtOnceMax) {
       options.record(lasting.slice(at, at + recordedAtOnceMax).map(lease => entryOf(lease)))
     }
+    for (const lease of expired) enqueue([lease], lease.expiresAtMs)
   }, sweepMs)
   sweeping.unref()
 
   return {
     grant(wanted, decidedBy = engine.revision()) {
-      const { id, grantedAtMs = clock() } = wanted
-      const before = watched.get(id)
+      const before = watched.get(wanted.id)
       if (before) move(before)
       // One by one: spreading the object is the dearest part of it.
       const lease: Lease = {
-        id,
-        message: wanted.message,
-        place: wanted.place,
+        id: wanted.id,
         questionId: wanted.questionId,
         question: wanted.question,
         userId: wanted.userId,
         serviceId: wanted.serviceId,
         role: wanted.role,
         state: 'active',
-        grantedAtMs,
-        recorded: wanted.grantedAtMs !== undefined,
+        grantedAtMs: wanted.grantedAtMs,
+        recorded: wanted.recorded,
         expiresAtMs: wanted.expiresAtMs,
         assertedUntilMs: wanted.assertedUntilMs,
         turn: 0,
@@ -355,12 +358,14 @@ export function createLeases(options: LeasesOptions): Leases {
         resumeBy: undefined,
         push: wanted.push,
         moved: wanted.moved,
+        atStream: -1,
+        atDevice: -1,
       }
       watched.add(lease)
       const { deviceId } = lease.question
       let ofDevice = byDevice.get(deviceId)
       if (!ofDevice) {
-        ofDevice = createConnectionMap()
+        ofDevice = createLeaseSet('atDevice')
         byDevice.set(deviceId, ofDevice)
       }
       ofDevice.add(lease)
@@ -396,6 +401,7 @@ export function createLeases(options: LeasesOptions): Leases {
       }
       if (entries.length > 0) options.record(entries)
     },
+    find: id => watched.get(id),
     drop(lease) {
       if (become(lease, 'closed') && lease.recorded) options.record([entryOf(lease)])
     },

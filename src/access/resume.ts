@@ -10,7 +10,6 @@ import { callerName } from '../caller.ts'
 import type { Answer } from '../gen/edgemesh/v1/authorize.ts'
 import { answerOf, denial, undecided } from './answers.ts'
 import type { AuthorizeDeps, Resume, ResumingStream } from './authorize.ts'
-import { readConnectionId } from './connection-id.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
 import { decideAndLease } from './decide-and-lease.ts'
@@ -110,22 +109,11 @@ export function createResume(deps: ResumeDeps): Resume {
   /** @throws Fault when it can't be decided now; UserAssertionRefused when it is not the connection of this user */
   async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
     const question = questionOf(claim, stream.deviceId)
-    const { id, grantedAtMs } = claim
     const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
-    const { moved } = stream
-    const known = {
-      id,
-      ...readConnectionId(id),
-      decisionId: claim.decisionId,
-      grantedAtMs,
-      questionId: '',
-      assertedUntilMs,
-      push,
-      moved,
-    }
-    const { verdict, lease } = await decideAndLease(deps, question, known)
+    const wanted = { ...unleased(claim, question), assertedUntilMs, push, moved: stream.moved }
+    const { verdict, lease } = await decideAndLease(deps, wanted, clock())
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
-    return { claim, question, verdict, lease: lease ?? leases.grant({ ...unleased(claim, question), ...known }) }
+    return { claim, question, verdict, lease: lease ?? leases.grant(wanted) }
   }
 
   /** Until when the user of a connection is known, ms since epoch. @throws UserAssertionRefused when it is another one */
@@ -157,8 +145,8 @@ export function createResume(deps: ResumeDeps): Resume {
     const [expiresAtMs, assertedUntilMs] = [clock(), Number.POSITIVE_INFINITY]
     return {
       id,
-      ...readConnectionId(id),
       grantedAtMs,
+      recorded: true,
       userId,
       serviceId,
       decisionId,

@@ -20,6 +20,7 @@ function decisionOf({ allow = true, policyRevision = '1', role = 'engineer' } = 
   const expiresAtMs = clock() + 60_000
   return {
     verdict: {
+      question,
       allow,
       reasons: allow ? [] : [gone],
       policyRevision,
@@ -117,13 +118,13 @@ test('a grant of a new role that goes while the connection is decided under that
   const lease = leases.grant(
     {
       id: '00000000-0000-7000-8000-000000000000',
-      message: '00000000-0000-7000-8000-0000000000',
-      place: 0,
       questionId: 'q',
       question,
       userId: 'ada',
       role: 'engineer',
       serviceId: 'payroll',
+      grantedAtMs: clock(),
+      recorded: false,
       expiresAtMs: clock() + 60_000,
       assertedUntilMs: Number.POSITIVE_INFINITY,
       decisionId: '',

@@ -1,5 +1,5 @@
 import test, { type ExecutionContext } from 'ava'
-import { connectionIdOf, messageOf } from '../../src/access/connection-id.ts'
+import { connectionIdOf } from '../../src/access/connection-id.ts'
 import {
   claimConnections,
   connectionEntry,
@@ -43,8 +43,6 @@ async function start(t: ExecutionContext) {
 
 const write = (journal: Journal, instance: string, ...of: Parameters<typeof lease>) =>
   journal.append([connectionEntry(lease(...of), instance, Date.now(), [reason])])
-
-const connectionOf = (decisionId: string, place: number) => connectionIdOf(messageOf(decisionId), place)
 
 test('what an instance writes of a connection that another has claimed changes nothing', async t => {
   const { pool, journal, record, claim } = await start(t)
@@ -118,7 +116,7 @@ async function decided(journal: Journal, call = stream, nowMs = Date.now(), allo
 test('a connection that was just allowed, and whose instance has died, is claimed by its decision', async t => {
   const { pool, journal } = await start(t)
   const decisionId = await decided(journal)
-  const ids = [connectionOf(decisionId, 0), connectionOf(decisionId, 1), connectionOf(decisionId, 2)]
+  const ids = [connectionIdOf(decisionId, 0), connectionIdOf(decisionId, 1), connectionIdOf(decisionId, 2)]
   const asked = { ids, deviceId: 'beta', instanceId: 'b', graceMs: 30_000 }
   t.is((await claimConnections(pool, asked)).size, 0, 'not by another device')
   const claims = await claimConnections(pool, { ...asked, deviceId: 'alpha' })
@@ -136,7 +134,7 @@ test('a connection that was just allowed, and whose instance has died, is claime
 
 test('several who need the row of one connection make one', async t => {
   const { pool, journal } = await start(t)
-  const id = connectionOf(await decided(journal), 0)
+  const id = connectionIdOf(await decided(journal), 0)
   const made = await Promise.all(Array.from({ length: 8 }, () => recordFromDecisions(pool, [id], 30_000)))
   t.deepEqual(
     made.filter(count => count > 0),
@@ -146,12 +144,12 @@ test('several who need the row of one connection make one', async t => {
 
 test('no connection comes of one that was closed, of a decision of long ago, or of an answer to Check', async t => {
   const { pool, journal } = await start(t)
-  const closed = connectionOf(await decided(journal), 0)
+  const closed = connectionIdOf(await decided(journal), 0)
   const event = { ...stream, audit: { ...stream.audit, detail: { closed: [closed] } } }
   await journal.append([callEntry(event, { code: 'OK' })])
-  const old = connectionOf(await decided(journal, stream, Date.now() - 600_000), 0)
-  const checked = connectionOf(await decided(journal, callOf(AuthorizeServiceService.check.path)), 0)
-  const misspelt = connectionOf(await decided(journal, stream, Date.now(), [false, true]), 171).toUpperCase()
+  const old = connectionIdOf(await decided(journal, stream, Date.now() - 600_000), 0)
+  const checked = connectionIdOf(await decided(journal, callOf(AuthorizeServiceService.check.path)), 0)
+  const misspelt = connectionIdOf(await decided(journal, stream, Date.now(), [false, true]), 171).toUpperCase()
   t.is(await recordFromDecisions(pool, [closed, old, checked, misspelt], 30_000), 0)
-  t.is(await recordFromDecisions(pool, [connectionOf(await decided(journal), 0)], 30_000), 1)
+  t.is(await recordFromDecisions(pool, [connectionIdOf(await decided(journal), 0)], 30_000), 1)
 })

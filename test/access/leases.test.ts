@@ -7,7 +7,6 @@ import { mock } from 'node:test'
 import test, { type ExecutionContext } from 'ava'
 import fc from 'fast-check'
 import type pg from 'pg'
-import { readConnectionId } from '../../src/access/connection-id.ts'
 import type { Claim } from '../../src/access/connection-records.ts'
 import type { Verdict } from '../../src/access/decide.ts'
 import { createLeases, type Lease, suspendedPerDeviceMax } from '../../src/access/leases.ts'
@@ -55,6 +54,7 @@ function startInstance(name: string, world: World) {
       const reasons = allow ? [] : [{ code: 'GROUND_GONE', field: '', actual: '', required: '', message: '' }]
       const [evaluatedAtMs, expiresAtMs] = [clock(), clock() + 3_600_000]
       const verdict = {
+        question,
         allow,
         reasons,
         policyRevision: '1',
@@ -142,7 +142,7 @@ function startInstance(name: string, world: World) {
       }
     },
     grant(stream: Stream): void {
-      stream.held = leases.grant({ ...connection(id), questionId: 'q', question, ...leaseOf(stream) })
+      stream.held = leases.grant({ id, questionId: 'q', question, ...leaseOf(stream) })
     },
     resume: (stream: Stream): Promise<Answer[]> =>
       resume([id], {
@@ -159,13 +159,13 @@ function startInstance(name: string, world: World) {
   }
 }
 
-const connection = (id: string) => ({ id, ...readConnectionId(id) })
-
 function leaseOf(stream: Stream) {
   return {
     userId: 'ada',
     serviceId: 'payroll',
     role: 'admin',
+    grantedAtMs: Date.now(),
+    recorded: false,
     expiresAtMs: Date.now() + 3_600_000,
     assertedUntilMs: Number.POSITIVE_INFINITY,
     decisionId: 'd',
@@ -367,7 +367,7 @@ test.serial(
     const { leases, written } = alone(t)
     const all = Array.from({ length: suspendedPerDeviceMax + 3 }, () =>
       leases.grant({
-        ...connection(randomUUID()),
+        id: randomUUID(),
         questionId: 'q',
         question,
         ...leaseOf({ held: undefined, isOpen: true, told: 0 }),
@@ -393,7 +393,7 @@ test.serial('a connection that is not allowed after all, after its record has ta
   const { leases, written } = alone(t)
   const stream = { held: undefined, isOpen: true, told: 0 }
   const [quick, slow] = [0, 1].map(() =>
-    leases.grant({ ...connection(randomUUID()), questionId: 'q', question, ...leaseOf(stream) }),
+    leases.grant({ id: randomUUID(), questionId: 'q', question, ...leaseOf(stream) }),
   )
   leases.drop(quick!)
   mock.timers.tick(2_200)
