@@ -17,6 +17,8 @@ const connections = 128
 /** As many questions as fit into the largest message of these, each about another service. */
 export const servicesCount = 32
 const rounds = 5
+/** A server is fast when V8 has seen it work for a while: what counts is how it is from then on. */
+const warmUpRounds = 10
 
 /** Something that asks `count` questions of a server, and says so when all are answered. */
 type Load = (clients: AuthorizeServiceClient[], count: number) => Promise<void>
@@ -47,7 +49,10 @@ async function* beside(
 ): AsyncGenerator<Row> {
   const ours = { clients: clientsOf(served.address, device), cpuSince: served.cpuSince, rates: [] as Rate[] }
   const bare = { clients: clientsOf(echo.address, echo.client), cpuSince: echo.cpuSince, rates: [] as Rate[] }
-  for (const { clients } of [bare, ours]) await load(clients, count)
+  for (let round = 1; round <= warmUpRounds; round++) {
+    progress(`${name}: warming up, ${round} of ${warmUpRounds}`)
+    for (const { clients } of [bare, ours]) await load(clients, count)
+  }
   for (let round = 1; round <= rounds; round++) {
     progress(`${name}: round ${round} of ${rounds}`)
     for (const side of [bare, ours]) {
