@@ -9,7 +9,6 @@ import { parseSpiffeId, type SpiffeId } from './spiffe-id.ts'
 export type CertificateDescription = {
   /** Lower-case hex, 32 characters for every certificate of ours. */
   serialHex: string
-  fingerprintSha256: string
   /** `undefined` unless the certificate has exactly one URI, and that one is a SPIFFE ID of ours. */
   spiffeId: SpiffeId | undefined
   notBefore: Date
@@ -18,7 +17,6 @@ export type CertificateDescription = {
   publicKeySha256: string
   /** The operator's role; `undefined` when there is none, or more than one. */
   organizationalUnit: string | undefined
-  commonName: string | undefined
   /** Key identifier of the authority that issued it, lower-case hex; empty where the certificate does not say. */
   issuerKeyId: string
   /** False also when the certificate does not say what it is for. */
@@ -57,13 +55,11 @@ export function describeCertificate(der: Uint8Array): CertificateDescription {
   const certificate = readCertificate(der)
   return {
     serialHex: certificate.serialHex,
-    fingerprintSha256: hash('sha256', certificate.der, 'hex'),
     spiffeId: soleSpiffeId(certificate),
     notBefore: certificate.notBefore,
     notAfter: certificate.notAfter,
     publicKeySha256: hash('sha256', certificate.spki.der, 'hex'),
     organizationalUnit: soleAttribute(certificate.subject, oids.organizationalUnit),
-    commonName: soleAttribute(certificate.subject, oids.commonName),
     issuerKeyId: issuerKeyIdOf(certificate),
     hasClientAuth: extendedKeyUsage(certificate).includes(oids.clientAuth),
   }

@@ -7,14 +7,36 @@
  */
 import { isUtf8 } from 'node:buffer'
 
-export type DerNode = {
-  tag: number
-  /** The whole encoding: tag, length, contents. A view of the input, not a copy. */
-  der: Buffer
-  contents: Buffer
+/** A value in its place among others. What it gives are views of the input, made when they are asked for. */
+export class DerNode {
+  readonly tag: number
   /** Of a constructed value, its parts; of a primitive one, none. */
-  children: DerNode[]
+  readonly children: readonly DerNode[]
+  readonly #input: Buffer
+  readonly #start: number
+  readonly #contentsStart: number
+  readonly end: number
+
+  constructor(tag: number, input: Buffer, place: readonly [number, number, number], children: readonly DerNode[]) {
+    this.tag = tag
+    this.#input = input
+    this.#start = place[0]
+    this.#contentsStart = place[1]
+    this.end = place[2]
+    this.children = children
+  }
+
+  /** The whole encoding: tag, length, contents. */
+  get der(): Buffer {
+    return this.#input.subarray(this.#start, this.end)
+  }
+
+  get contents(): Buffer {
+    return this.#input.subarray(this.#contentsStart, this.end)
+  }
 }
+
+const none: readonly DerNode[] = []
 
 export class DerError extends Error {
   override readonly name = 'DerError'
@@ -51,60 +73,64 @@ const depthMax = 16
 /** Reads the one value that `bytes` holds. @throws DerError when it is not DER, or when anything follows it */
 export function decodeDer(bytes: Uint8Array): DerNode {
   const buffer = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
-  const node = readNode(buffer, 0, depthMax)
-  if (node.der.length !== buffer.length) throw new DerError('bytes follow the value')
+  const node = readNode(buffer, 0, buffer.length, depthMax)
+  if (node.end !== buffer.length) throw new DerError('bytes follow the value')
   return node
 }
 
-function readNode(buffer: Buffer, start: number, depthLeft: number): DerNode {
+/** @param limit where what it is in ends */
+function readNode(buffer: Buffer, start: number, limit: number, depthLeft: number): DerNode {
   if (depthLeft === 0) throw new DerError('nested too deeply')
-  const tag = byteAt(buffer, start)
+  if (start + 2 > limit) throw cutShort()
+  const tag = buffer[start] as number
   if ((tag & 0x1f) === 0x1f) throw new DerError('a tag number above 30')
 
   let contentsStart = start + 2
-  let length = byteAt(buffer, start + 1)
+  let length = buffer[start + 1] as number
   if (length >= 0x80) {
     // X.690 section 10.1: the definite form, in the fewest octets. Three octets of length are 16 MB, more than enough.
     const lengthOctets = length & 0x7f
     if (lengthOctets === 0) throw new DerError('an indefinite length')
     if (lengthOctets > 3) throw new DerError('a length beyond 16 MB')
     contentsStart += lengthOctets
-    if (contentsStart > buffer.length) throw new DerError('the value is cut short')
+    if (contentsStart > limit) throw cutShort()
     length = buffer.readUIntBE(start + 2, lengthOctets)
     if (length < (lengthOctets === 1 ? 0x80 : 1 << (8 * (lengthOctets - 1)))) throw new DerError('a padded length')
   }
   const end = contentsStart + length
-  if (end > buffer.length) throw new DerError('the value is cut short')
+  if (end > limit) throw cutShort()
 
-  const contents = buffer.subarray(contentsStart, end)
-  const children: DerNode[] = []
-  if ((tag & constructedBit) !== 0) {
-    for (let at = 0; at < contents.length; ) {
-      const child = readNode(contents, at, depthLeft - 1)
-      children.push(child)
-      at += child.der.length
-    }
-  }
-  const node = { tag, der: buffer.subarray(start, end), contents, children }
+  const children = (tag & constructedBit) === 0 ? none : readNodes(buffer, contentsStart, end, depthLeft - 1)
+  const node = new DerNode(tag, buffer, [start, contentsStart, end], children)
   if (tag <= universalTagMax) assertCanonical(node)
   return node
 }
 
-function byteAt(buffer: Buffer, index: number): number {
-  const byte = buffer[index]
-  if (byte === undefined) throw new DerError('the value is cut short')
-  return byte
+function readNodes(buffer: Buffer, start: number, end: number, depthLeft: number): DerNode[] {
+  const nodes: DerNode[] = []
+  for (let at = start; at < end; ) {
+    const node = readNode(buffer, at, end, depthLeft)
+    nodes.push(node)
+    at = node.end
+  }
+  return nodes
 }
 
+const cutShort = () => new DerError('the value is cut short')
+
 /** The restrictions of X.690 sections 8 and 11 that leave every universal type one encoding. */
-function assertCanonical({ tag, contents, children }: DerNode): void {
+function assertCanonical(node: DerNode): void {
+  const { tag, children } = node
   switch (tag) {
-    case tags.boolean:
-      if (contents.length !== 1 || (contents[0] !== 0x00 && contents[0] !== 0xff)) throw new DerError('a loose BOOLEAN')
+    case tags.boolean: {
+      const [value, ...more] = node.contents
+      if (more.length > 0 || (value !== 0x00 && value !== 0xff)) throw new DerError('a loose BOOLEAN')
       return
+    }
     case tags.integer:
     case tags.enumerated: {
-      const [first, second] = contents
+      const { contents } = node
+      const [first, second] = [contents[0], contents[1]]
       if (first === undefined) throw new DerError('an empty INTEGER')
       if (second !== undefined && ((first === 0x00 && second < 0x80) || (first === 0xff && second >= 0x80))) {
         throw new DerError('a padded INTEGER')
@@ -112,6 +138,7 @@ function assertCanonical({ tag, contents, children }: DerNode): void {
       return
     }
     case tags.bitString: {
+      const { contents } = node
       const unused = contents[0]
       if (unused === undefined || unused > 7 || (unused > 0 && contents.length === 1)) {
         throw new DerError('a malformed BIT STRING')
@@ -120,20 +147,21 @@ function assertCanonical({ tag, contents, children }: DerNode): void {
       return
     }
     case tags.null:
-      if (contents.length !== 0) throw new DerError('a NULL with contents')
+      if (node.contents.length !== 0) throw new DerError('a NULL with contents')
       return
     case tags.oid:
-      assertCanonicalOid(contents)
+      assertCanonicalOid(node.contents)
       return
     case tags.utf8String:
-      if (!isUtf8(contents)) throw new DerError('a UTF8String that is not UTF-8')
+      if (!isUtf8(node.contents)) throw new DerError('a UTF8String that is not UTF-8')
       return
     case tags.bmpString:
       // X.690 section 8.23.9: two octets a character, and none that UTF-16 would take for half of one.
-      if (contents.length % 2 !== 0 || hasSurrogates(contents)) throw new DerError('a BMPString with half a character')
+      if (node.contents.length % 2 !== 0 || hasSurrogates(node.contents))
+        throw new DerError('a BMPString with half a character')
       return
     case tags.universalString:
-      if (contents.length % 4 !== 0) throw new DerError('a UniversalString with a part of a character')
+      if (node.contents.length % 4 !== 0) throw new DerError('a UniversalString with a part of a character')
       return
     case tags.set:
       for (let i = 1; i < children.length; i++) {
@@ -205,14 +233,30 @@ function longOidText(contents: Buffer): string {
 
 /** The time that a UTCTime or GeneralizedTime names, in the only forms that RFC 5280 section 4.1.2.5 allows. */
 export function readTime({ tag, contents }: DerNode): Date {
-  const text = contents.toString('latin1')
-  const pattern = tag === tags.utcTime ? /^\d{12}Z$/ : /^\d{14}Z$/
-  if ((tag !== tags.utcTime && tag !== tags.generalizedTime) || !pattern.test(text)) throw new DerError('a loose time')
-  const digits = tag === tags.generalizedTime ? text : `${Number(text.slice(0, 2)) < 50 ? '20' : '19'}${text}`
-  const [, year, month, day, hour, minute, second] = /^(....)(..)(..)(..)(..)(..)/.exec(digits)!
-  const time = new Date(`${year}-${month}-${day}T${hour}:${minute}:${second}Z`)
-  if (Number.isNaN(time.getTime())) throw new DerError('a time that does not exist')
-  return time
+  const yearDigits = tag === tags.utcTime ? 2 : 4
+  const isLoose = contents.length !== yearDigits + 11 || contents[yearDigits + 10] !== 0x5a /* Z */
+  if ((tag !== tags.utcTime && tag !== tags.generalizedTime) || isLoose) throw new DerError('a loose time')
+  const yearRead = decimal(contents, 0, yearDigits)
+  const year = yearDigits === 4 ? yearRead : yearRead + (yearRead < 50 ? 2000 : 1900)
+  const two = (place: number) => decimal(contents, yearDigits + 2 * place, 2)
+  const [month, day, hour, minute, second] = [two(0), two(1), two(2), two(3), two(4)] as const
+  const time = new Date(0)
+  time.setUTCFullYear(year, month - 1, day)
+  // What is too much goes into the next larger unit: then it is not what was said.
+  const exists =
+    time.getUTCMonth() === month - 1 && time.getUTCDate() === day && hour < 24 && minute < 60 && second < 60
+  if (!exists) throw new DerError('a time that does not exist')
+  return new Date(time.getTime() + ((hour * 60 + minute) * 60 + second) * 1_000)
+}
+
+function decimal(contents: Buffer, start: number, digits: number): number {
+  let value = 0
+  for (let at = start; at < start + digits; at++) {
+    const digit = (contents[at] as number) - 0x30
+    if (digit < 0 || digit > 9) throw new DerError('a loose time')
+    value = value * 10 + digit
+  }
+  return value
 }
 
 /** Any value: its tag, the length of its contents, and its contents from `parts`. */

@@ -4,7 +4,7 @@
  * One definition, two uses: `../fuzz.test.ts` tries each a few hundred times with every run of the tests, and
  * `npm run fuzz` for as long as it is let.
  */
-import { createHash, createPublicKey, X509Certificate } from 'node:crypto'
+import { createHash, createPublicKey, hash, X509Certificate } from 'node:crypto'
 import { fromBER } from 'asn1js'
 import fc from 'fast-check'
 import * as pkijs from 'pkijs'
@@ -245,11 +245,12 @@ const certificate: Target = {
     // TLS has read the certificate before we do. What it can't read never comes to us.
     const theirs = attempt(() => new X509Certificate(bytes))
     if ('error' in theirs) return 'read by us alone'
-    const { spiffeId, fingerprintSha256, notBefore, notAfter, hasClientAuth, serialHex } = described.value
+    const { spiffeId, publicKeySha256, notBefore, notAfter, hasClientAuth, serialHex } = described.value
     const node = theirs.value
     // An extension that OpenSSL finds malformed makes it refuse the chain.
     if ((spiffeId && !node.subjectAltName) || (hasClientAuth && !node.keyUsage)) return 'read by us alone'
-    demand(fingerprintSha256 === node.fingerprint256.replaceAll(':', '').toLowerCase(), 'the same fingerprint')
+    const key = attempt(() => node.publicKey.export({ type: 'spki', format: 'der' }))
+    if ('value' in key) demand(hash('sha256', key.value, 'hex') === publicKeySha256, 'the same key')
     if (spiffeId === undefined) return 'names nobody'
     const uri = `URI:${formatSpiffeId(spiffeId)}`
     const names = node.subjectAltName?.split(', ') ?? []
