@@ -57,7 +57,8 @@ async function run({ server, token, idPrefix, devices: numbers, devicesOfFleet, 
     devices.set(number, simulatedDevice({ server, id, health, asking: plan.asking, tally, signal: stopping.signal }))
   }
   let enrolling = true
-  const telling = setInterval(() => void tell(enrolling, false), tellEveryMs)
+  // To the end, also when all devices of this process have ended: the parent waits for the last word of each.
+  setInterval(() => void tell(enrolling, false), tellEveryMs)
   const lives: Promise<void>[] = []
   const left = devices.entries()
   await Promise.all(
@@ -73,7 +74,6 @@ async function run({ server, token, idPrefix, devices: numbers, devicesOfFleet, 
   enrolling = false
   await tell(enrolling, false)
   await Promise.all(lives)
-  clearInterval(telling)
 }
 
 async function stop(): Promise<void> {

@@ -108,6 +108,15 @@ test('devices that a token does not let in make exit code 1 and are told by thei
   t.regex(stderr, /^error: 2 of 5 devices failed: 2 TOKEN_USED_UP$/m)
 })
 
+test('it ends when its time is over, even where a process has no device left', async t => {
+  const { exitCode, summary } = await simulate(t, {
+    token: await mesh().token({ usesMax: 1 }),
+    args: ['--devices', '4', '--processes', '2', '--duration', '1s'],
+  })
+  t.is(exitCode, 1)
+  t.deepEqual([summary.enrolled, summary.failedDevices], [1, 3])
+})
+
 test('Ctrl-C ends the streams in order, with a summary', async t => {
   let stopped = false
   const { exitCode, summary, stderr } = await simulate(t, {
