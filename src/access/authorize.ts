@@ -112,7 +112,7 @@ export function createCheck(deps: AuthorizeDeps) {
     const decided = deps.decider.decide(question)
     const verdict = endingBy((decided instanceof Promise ? await decided : decided).verdict, assertedUntilMs)
     const decisionId = newDecisionId()
-    const decision = decisionEntry(decisionId, call, deviceId, [{ question, verdict }], deps.clock(), startedAt)
+    const decision = decisionEntry(decisionId, call, deviceId, [{ verdict }], deps.clock(), startedAt)
     await deps.journal.append([decision.entry])
     decision.committed()
     call.audit.written = true
@@ -213,12 +213,12 @@ export function createAuthorize(deps: ContinuousDeps) {
         throw error
       }
       let allowed = 0
-      const answers = decided.map(({ question, verdict, lease }, at) => {
+      const answers = decided.map(({ verdict, lease }, at) => {
         const decisionId = lease?.decisionId ?? `${id}.${at}`
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
         else deps.onDenied(verdict.reasons)
-        deps.onConnection(question.service, verdict.allow ? 'allowed' : 'denied')
+        deps.onConnection(verdict.question.service, verdict.allow ? 'allowed' : 'denied')
         const revocation = lease?.state === 'revoked' ? untold.get(lease) : undefined
         if (revocation) {
           const { reasons, policyRevision, decisionId } = revocation

@@ -46,17 +46,16 @@ export type LeasingDeps = {
 }
 
 function leased(deps: LeasingDeps, wanted: Granted, decision: Decision): DecidedAndLeased {
-  const { question } = wanted
   const verdict = endingBy(decision.verdict, wanted.assertedUntilMs)
-  if (!verdict.allow) return { question, verdict, lease: undefined }
+  if (!verdict.allow) return { verdict, lease: undefined }
   const { user, service } = decision.ground
-  // The one that stays in memory is the one that is there already.
+  // All leases of the same question share the one that the verdict has anyway.
   wanted.question = verdict.question
   wanted.userId = user.value?.id ?? ''
   wanted.role = user.value?.role ?? ''
   wanted.serviceId = service.value?.id ?? ''
   wanted.expiresAtMs = verdict.expiresAtMs
-  return { question, verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
+  return { verdict, lease: deps.leases.grant(wanted, verdict.policyRevision) }
 }
 
 /** What policy says does not depend on the assertion, so the verdict that others share stays as it is. */

@@ -6,11 +6,11 @@ import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { describeSpan } from '../telemetry/tracing.ts'
-import { type AccessQuestion, keepsOnRecord, recordText, type Verdict } from './decide.ts'
+import { keepsOnRecord, recordText, type Verdict } from './decide.ts'
 import type { Lease } from './leases.ts'
 
-/** A question and what it was answered with. */
-export type Decided = { question: AccessQuestion; verdict: Verdict }
+/** What was answered; the verdict says to which question. */
+export type Decided = { verdict: Verdict }
 
 /** `committed` has to be called once the entry is on disk: later answers by the same verdicts refer to it. */
 export type DecisionRecord = { entry: JournalEntry; committed: () => void }
@@ -120,9 +120,8 @@ function spanFacts(id: string, deviceId: string, decided: Decided[]): Attributes
 export function revocationEntry(instanceId: string, clock: Clock) {
   return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
     const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
-    const { question } = lease
     const id = newDecisionId()
-    const { entry } = decisionRow(id, by, question.deviceId, [{ question, verdict }], clock(), 0)
+    const { entry } = decisionRow(id, by, lease.question.deviceId, [{ verdict }], clock(), 0)
     return { entry, decisionId: `${id}.0` }
   }
 }

@@ -87,7 +87,7 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       const question = checkQuestion({ id: '', user: user.name, service, action }, seen.deviceId, 'request')
       const { verdict } = await deps.decider.decide(question)
       const decisionId = newDecisionId()
-      const decision = decisionEntry(decisionId, call, seen.deviceId, [{ question, verdict }], deps.clock(), startedAt)
+      const decision = decisionEntry(decisionId, call, seen.deviceId, [{ verdict }], deps.clock(), startedAt)
       await deps.journal.append([decision.entry])
       decision.committed()
       call.audit.written = true

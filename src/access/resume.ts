@@ -31,7 +31,7 @@ export type ResumeDeps = Pick<
 const uuidPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/
 
 /** What has become of a connection that was claimed. */
-type Decided = { claim: Claim; question: AccessQuestion; lease: Lease; verdict: Verdict }
+type Decided = { claim: Claim; lease: Lease; verdict: Verdict }
 
 export function createResume(deps: ResumeDeps): Resume {
   const { leases, journal, instanceId, clock } = deps
@@ -97,8 +97,8 @@ export function createResume(deps: ResumeDeps): Resume {
     // Step 6: What is still active is allowed.
     const count = decided.filter(({ verdict }) => verdict.allow).length
     deps.onDecisions(count, decided.length - count, (performance.now() - startedAt) / 1_000)
-    for (const { question, lease, verdict } of decided) {
-      deps.onConnection(question.service, verdict.allow ? 'resumed' : 'denied')
+    for (const { lease, verdict } of decided) {
+      deps.onConnection(verdict.question.service, verdict.allow ? 'resumed' : 'denied')
       if (!verdict.allow) deps.onDenied(verdict.reasons)
       answers.set(lease.id, answerFor(lease, verdict, revocations.get(lease.id)))
       if (lease.state === 'active') stream.hold(lease)
@@ -108,12 +108,16 @@ export function createResume(deps: ResumeDeps): Resume {
 
   /** @throws Fault when it can't be decided now; UserAssertionRefused when it is not the connection of this user */
   async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
-    const question = questionOf(claim, stream.deviceId)
     const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
-    const wanted = { ...unleased(claim, question), assertedUntilMs, push, moved: stream.moved }
+    const wanted = {
+      ...unleased(claim, questionOf(claim, stream.deviceId)),
+      assertedUntilMs,
+      push,
+      moved: stream.moved,
+    }
     const { verdict, lease } = await decideAndLease(deps, wanted, clock())
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
-    return { claim, question, verdict, lease: lease ?? leases.grant(wanted) }
+    return { claim, verdict, lease: lease ?? leases.grant(wanted) }
   }
 
   /** Until when the user of a connection is known, ms since epoch. @throws UserAssertionRefused when it is another one */

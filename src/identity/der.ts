@@ -123,8 +123,8 @@ function assertCanonical(node: DerNode): void {
   const { tag, children } = node
   switch (tag) {
     case tags.boolean: {
-      const [value, ...more] = node.contents
-      if (more.length > 0 || (value !== 0x00 && value !== 0xff)) throw new DerError('a loose BOOLEAN')
+      const { contents } = node
+      if (contents.length !== 1 || (contents[0] !== 0x00 && contents[0] !== 0xff)) throw new DerError('a loose BOOLEAN')
       return
     }
     case tags.integer:

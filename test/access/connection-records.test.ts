@@ -108,7 +108,7 @@ const verdictOf = (allow: boolean) => {
 /** A message, by default one that was allowed one thing and denied another. @returns the id of its decision */
 async function decided(journal: Journal, call = stream, nowMs = Date.now(), allows = [true, false]): Promise<string> {
   const decisionId = newDecisionId()
-  const answers = allows.map(allow => ({ question, verdict: verdictOf(allow) }))
+  const answers = allows.map(allow => ({ verdict: verdictOf(allow) }))
   await journal.append([decisionEntry(decisionId, call, 'alpha', answers, nowMs, 0).entry])
   return decisionId
 }
