@@ -18,7 +18,7 @@ import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { apart, database, spanned } from '../telemetry/tracing.ts'
 import { AuditEvent } from './entities.ts'
-import { insertStatement, type JournalTable, namedRowText, rowText } from './journal-table.ts'
+import { createRowArray, encodeRow, insertStatement, type JournalTable } from './journal-table.ts'
 import {
   canonicalJson,
   createChain,
@@ -87,8 +87,8 @@ type Append = {
   also?: 'open' | 'anchor' | 'close'
 }
 
-/** Those of one table in a batch. By their key where only the last of several counts. */
-type RowTexts = { texts: string[]; byKey: Map<string, string> }
+/** Those of one table in a batch. `latest`, by their key: where only the last of several counts. */
+type RowsOfTable = { array: ReturnType<typeof createRowArray>; latest: Map<string, readonly unknown[]> }
 
 export function startJournal(options: {
   pool: pg.Pool
@@ -153,30 +153,34 @@ export function startJournal(options: {
   }
 
   async function commit(batch: readonly Append[]): Promise<number> {
-    const textsOf = new Map<JournalTable, RowTexts>()
+    const rowsOf = new Map<JournalTable, RowsOfTable>()
     const sealed: SealedRow[] = []
     for (const append of batch) {
       if (append.committed) sealed.push(...append.committed)
       for (const { table, row } of append.entries) {
-        const named = namedRowText(table, row)
-        let texts = textsOf.get(table)
-        if (!texts) {
-          texts = { texts: [], byKey: new Map() }
-          textsOf.set(table, texts)
+        let rows = rowsOf.get(table)
+        if (!rows) {
+          rows = { array: createRowArray(table), latest: new Map() }
+          rowsOf.set(table, rows)
         }
-        if (table.key) texts.byKey.set(table.key(row), rowText(table, named))
-        else texts.texts.push(rowText(table, named))
-        const inSeal = sealedRow(table, row, named)
+        // No row of a table that is sealed takes the place of another.
+        if (table.key) {
+          rows.latest.set(table.key(row), row)
+          continue
+        }
+        const encoded = encodeRow(table, row)
+        rows.array.add(encoded)
+        const inSeal = sealedRow(table, row, encoded)
         if (inSeal) sealed.push(inSeal)
       }
     }
     let count = 0
     const inserts: string[] = []
     const parameters: unknown[] = []
-    for (const [table, { texts, byKey }] of textsOf) {
-      texts.push(...byKey.values())
-      count += texts.length
-      parameters.push(`[${texts.join(',')}]`)
+    for (const [table, { array, latest }] of rowsOf) {
+      for (const row of latest.values()) array.add(encodeRow(table, row))
+      count += array.count()
+      parameters.push(array.close())
       inserts.push(insertStatement(table, parameters.length))
     }
     const [opening, closing] = (['open', 'close'] as const).map(what => batch.some(({ also }) => also === what))
@@ -286,7 +290,7 @@ export function startJournal(options: {
       let uncommitted: SealedRow[] = []
       return {
         vouch(row) {
-          const event = sealedRow(auditEventsTable, row, namedRowText(auditEventsTable, row)) as SealedRow
+          const event = sealedRow(auditEventsTable, row, encodeRow(auditEventsTable, row)) as SealedRow
           uncommitted.push(event)
           return macOfRow(sealKey, event)
         },
@@ -314,7 +318,11 @@ export function startJournal(options: {
 function charactersOf(entries: readonly JournalEntry[]): number {
   let count = 0
   for (const { row } of entries) {
-    for (const value of row) if (typeof value === 'string') count += value.length
+    for (let at = 0; at < row.length; at++) {
+      const value = row[at]
+      if (typeof value === 'string') count += value.length
+      else if (Array.isArray(value)) for (const text of value as string[]) count += text.length
+    }
   }
   return count
 }

@@ -134,17 +134,17 @@ export function decodeRows(bytes: Buffer): SealedRow[] {
  * A column that is added to a sealed table has to be null in the rows that are there, or they read as changed; and of type
  * text, uuid, int, boolean or jsonb, which have one spelling as JSON here and in PostgreSQL.
  */
-function digestOf(named: string): string {
+function digestOf(named: string | Buffer): string {
   return hash('sha256', named, 'latin1')
 }
 
-/** A row that is about to be written. @param named by `namedRowText` @returns undefined for tables that are not sealed */
-export function sealedRow(table: JournalTable, row: readonly unknown[], named: string): SealedRow | undefined {
+/** A row that is about to be written. @param encoded by `encodeRow` @returns undefined for tables that are not sealed */
+export function sealedRow(table: JournalTable, row: readonly unknown[], encoded: Buffer): SealedRow | undefined {
   const number = numberOf.get(table.name)
   if (number === undefined) return undefined
   const { at, id } = placesIn(table)
   const atUs = (row[at] as Date).getTime() * 1_000
-  return { table: number, atUs, id: row[id] as string, digest: digestOf(named) }
+  return { table: number, atUs, id: row[id] as string, digest: digestOf(encoded) }
 }
 
 const places = new WeakMap<JournalTable, { at: number; id: number }>()
@@ -165,7 +165,7 @@ export function keptRow(number: number, atUs: number, content: Record<string, un
   return { table: number, atUs, id: String(content.id), digest: digestOf(`${sealedTables.get(number) ?? ''}\n${text}`) }
 }
 
-/** JSON with the keys of all objects in one order: what `rowText` expects of columns of type jsonb. */
+/** JSON with the keys of all objects in one order: what `encodeRow` expects of columns of type jsonb. */
 export function canonicalJson(value: unknown): string {
   return JSON.stringify(inOrder(value))
 }

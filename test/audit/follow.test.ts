@@ -15,7 +15,7 @@ import {
 } from '../../src/audit/follow.ts'
 import { createFollower } from '../../src/audit/follower.ts'
 import { auditEventsTable, startJournal } from '../../src/audit/journal.ts'
-import { namedRowText } from '../../src/audit/journal-table.ts'
+import { encodeRow } from '../../src/audit/journal-table.ts'
 import { createChain, insertSeal, sealedRow, sealKeyFrom } from '../../src/audit/seals.ts'
 import { sealLeftovers } from '../../src/audit/unsealed.ts'
 import { systemClock } from '../../src/clock.ts'
@@ -129,7 +129,7 @@ test('a seal that is visible before the one ahead of it waits for that; one that
   const chain = createChain({ key: sealKey, instanceId: 'instance', clock })
   const drafts = [1, 2, 3].map(() => {
     const event = row()
-    const draft = chain.next([sealedRow(auditEventsTable, event, namedRowText(auditEventsTable, event))!], [])!
+    const draft = chain.next([sealedRow(auditEventsTable, event, encodeRow(auditEventsTable, event))!], [])!
     chain.advance(draft)
     return draft
   })
