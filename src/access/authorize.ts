@@ -21,13 +21,13 @@ import type {
 } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { answerOf, denial, passing, undecided } from './answers.ts'
-import { connectionIdOf } from './connection-id.ts'
+import { connectionIdOf, decisionOf, newDecisionId } from './connection-id.ts'
 import type { AccessQuestion, Decider } from './decide.ts'
-import { decideAndLease, endingBy } from './decide-and-lease.ts'
-import { decisionEntry, newDecisionId } from './decision-records.ts'
+import { type DecidedAndLeased, decideAndLease, endingBy } from './decide-and-lease.ts'
+import { decisionEntry } from './decision-records.ts'
 import type { Facts } from './facts.ts'
 import { createLeaseSet } from './lease-set.ts'
-import type { Lease, Leases, Revocation } from './leases.ts'
+import { type Lease, type Leases, newLease, type Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import type { RevocationWatch } from './revocations.ts'
 import { assertionExpired, UserAssertionRefused, type UserAssertions } from './user-assertion.ts'
@@ -114,7 +114,7 @@ export function createCheck(deps: AuthorizeDeps) {
     const decisionId = newDecisionId()
     const decision = decisionEntry(decisionId, call, deviceId, [{ verdict }], deps.clock(), startedAt)
     await deps.journal.append([decision.entry])
-    decision.committed()
+    decision.committed?.()
     call.audit.written = true
     deps.onDecisions(verdict.allow ? 1 : 0, verdict.allow ? 0 : 1, (performance.now() - startedAt) / 1_000)
     if (!verdict.allow) deps.onDenied(verdict.reasons)
@@ -144,10 +144,12 @@ export function createAuthorize(deps: ContinuousDeps) {
       greeting = undefined
     }
 
+    const sendAnswers = (answers: Answer[]) => send({ $case: 'answers', value: { answers } })
+
     function revoked(revocation: Revocation): void {
       const { lease, reasons, policyRevision, decisionId, sinceMs } = revocation
       if (!held.remove(lease)) {
-        // It turns into a denial instead (see `ask`).
+        // It turns into a denial instead (see `answersTo`).
         untold.set(lease, revocation)
         return
       }
@@ -160,35 +162,73 @@ export function createAuthorize(deps: ContinuousDeps) {
       held.remove(lease)
     }
 
-    async function ask(questions: Question[], userAssertion: string): Promise<Answer[]> {
-      const startedAt = performance.now()
-      const asserting = deps.assertions?.demanded(userAssertion, 'device')
-      const asked = questions.map((question, at) => checkQuestion(question, deviceId, at, asserting))
-      if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
-      const wait = deps.limit(callerName(call.caller), asked.length)
-      if (wait) await wait
-      let assertedUntilMs = Number.POSITIVE_INFINITY
-      if (asserting) {
-        try {
-          assertedUntilMs = await nameUsers(deps, userAssertion, asked)
-        } catch (error) {
-          if (!(error instanceof UserAssertionRefused)) throw error
-          await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, asked, error)])
-          deps.onDecisions(0, asked.length, (performance.now() - startedAt) / 1_000)
-          for (const _ of asked) deps.onDenied([error.why])
-          return questions.map(({ id }) => denial(id, error.why))
+    /** The life of a message of questions. */
+    async function ask(questions: Question[], userAssertion: string): Promise<void> {
+      bounded('questions.questions', questions.length)
+      let answers: Answer[]
+      try {
+        const startedAt = performance.now()
+        const asserting = deps.assertions?.demanded(userAssertion, 'device')
+        const asked = questions.map((question, at) => checkQuestion(question, deviceId, at, asserting))
+        if (held.size + asked.length > leasesPerStreamMax) throw tooManyConnections()
+        const wait = deps.limit(callerName(call.caller), asked.length)
+        if (wait) await wait
+        const named = asserting
+          ? await nameUsers(deps, userAssertion, asked).catch(refusalOf)
+          : Number.POSITIVE_INFINITY
+        if (named instanceof UserAssertionRefused) {
+          answers = await refused(questions, asked, named, startedAt)
+        } else {
+          const now = deps.clock()
+          const id = newDecisionId(now)
+          const deciding = decideAll(id, questions, asked, named, now)
+          const decided = deciding instanceof Promise ? await deciding : deciding
+          const decision = decisionEntry(id, call, deviceId, decided, deps.clock(), startedAt)
+          try {
+            await deps.journal.append([decision.entry])
+          } catch (error) {
+            decided.forEach(dropUntold)
+            throw error
+          }
+          decision.committed?.()
+          answers = answersTo(questions, id, decided, startedAt)
         }
+      } catch (error) {
+        answers = noneDecided(questions.map(({ id }) => undecided(id, error)))
       }
-      const id = newDecisionId()
-      const now = deps.clock()
-      const deciding = allOrNone(
-        asked,
-        (question, at) => {
-          const wanted = {
+      sendAnswers(answers)
+    }
+
+    /** Of a message whose assertion does not name the users that it asks about. */
+    async function refused(
+      questions: Question[],
+      asked: AccessQuestion[],
+      refusal: UserAssertionRefused,
+      startedAt: number,
+    ): Promise<Answer[]> {
+      await deps.journal.append([refusalEntry({ ...call, startedAt: deps.clock() }, asked, refusal)])
+      deps.onDecisions(0, asked.length, (performance.now() - startedAt) / 1_000)
+      for (const _ of asked) deps.onDenied([refusal.why])
+      return questions.map(({ id }) => denial(id, refusal.why))
+    }
+
+    /** All or none of them, at once where all can be decided at once. */
+    function decideAll(
+      id: string,
+      questions: Question[],
+      asked: AccessQuestion[],
+      assertedUntilMs: number,
+      now: number,
+    ): DecidedAndLeased[] | Promise<DecidedAndLeased[]> {
+      const deciding = new Array<DecidedAndLeased | Promise<DecidedAndLeased>>(asked.length)
+      let waits = false
+      try {
+        for (let at = 0; at < asked.length; at++) {
+          const wanted = newLease({
             id: connectionIdOf(id, at),
             questionId: questions[at]?.id ?? '',
-            question,
-            decisionId: `${id}.${at}`,
+            question: asked[at] as AccessQuestion,
+            decisionId: undefined,
             userId: '',
             role: '',
             serviceId: '',
@@ -198,23 +238,28 @@ export function createAuthorize(deps: ContinuousDeps) {
             assertedUntilMs,
             push: revoked,
             moved,
-          }
-          return decideAndLease(deps, wanted, now)
-        },
-        ({ lease }) => lease && deps.leases.drop(lease),
-      )
-      const decided = deciding instanceof Promise ? await deciding : deciding
-      const decision = decisionEntry(id, call, deviceId, decided, deps.clock(), startedAt)
-      try {
-        await deps.journal.append([decision.entry])
-        decision.committed()
+          })
+          const decided = decideAndLease(deps, wanted, now)
+          if (decided instanceof Promise) waits = true
+          deciding[at] = decided
+        }
       } catch (error) {
-        for (const { lease } of decided) if (lease) deps.leases.drop(lease)
-        throw error
+        // The places of those that were not tried are empty.
+        return allOrNone([...deciding.filter(() => true), Promise.reject(error)], dropUntold)
       }
+      return waits ? allOrNone(deciding, dropUntold) : (deciding as DecidedAndLeased[])
+    }
+
+    function dropUntold({ lease }: DecidedAndLeased): void {
+      if (lease) deps.leases.drop(lease)
+    }
+
+    /** Once it is on record. What has been taken back meanwhile is denied. */
+    function answersTo(questions: Question[], id: string, decided: DecidedAndLeased[], startedAt: number): Answer[] {
+      const answers = new Array<Answer>(decided.length)
       let allowed = 0
-      const answers = decided.map(({ verdict, lease }, at) => {
-        const decisionId = lease?.decisionId ?? `${id}.${at}`
+      for (let at = 0; at < decided.length; at++) {
+        const { verdict, lease } = decided[at] as DecidedAndLeased
         const questionId = questions[at]?.id ?? ''
         if (verdict.allow) allowed++
         else deps.onDenied(verdict.reasons)
@@ -222,11 +267,12 @@ export function createAuthorize(deps: ContinuousDeps) {
         const revocation = lease?.state === 'revoked' ? untold.get(lease) : undefined
         if (revocation) {
           const { reasons, policyRevision, decisionId } = revocation
-          return answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
+          answers[at] = answerOf(questionId, { ...verdict, allow: false, reasons, policyRevision }, decisionId, '')
+        } else {
+          if (lease) hold(lease, false)
+          answers[at] = answerOf(questionId, verdict, `${id}.${at}`, lease?.id ?? '')
         }
-        if (lease) hold(lease, false)
-        return answerOf(questionId, verdict, decisionId, lease?.id ?? '')
-      })
+      }
       deps.onDecisions(allowed, decided.length - allowed, (performance.now() - startedAt) / 1_000)
       return answers
     }
@@ -281,7 +327,14 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     /** Holds again what was held on a stream that was lost. */
-    async function resume(ids: string[], userAssertion: string): Promise<Answer[]> {
+    async function resume(ids: string[], userAssertion: string): Promise<void> {
+      const answers = await resumed(ids, userAssertion).catch(error =>
+        noneDecided(ids.map(id => ({ ...undecided('', error), connectionId: id }))),
+      )
+      sendAnswers(answers)
+    }
+
+    async function resumed(ids: string[], userAssertion: string): Promise<Answer[]> {
       bounded('resume.connection_ids', ids.length)
       if (held.size + ids.length > leasesPerStreamMax) throw tooManyConnections()
       const resuming = {
@@ -302,14 +355,15 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     /** Asks again for what is held; a renewed lease keeps its id, and what has ended meanwhile is denied. */
-    function renew(ids: string[], userAssertion: string): Promise<Answer[]> {
+    async function renew(ids: string[], userAssertion: string): Promise<void> {
       bounded('renew.connection_ids', ids.length)
-      return Promise.all(ids.map(id => renewOne(id, heldAs(id), userAssertion)))
+      sendAnswers(await Promise.all(ids.map(id => renewOne(id, heldAs(id), userAssertion))))
     }
 
     async function renewOne(id: string, lease: Lease | undefined, userAssertion: string): Promise<Answer> {
       if (!lease) return { ...denial('', notHeld), connectionId: id }
-      const { questionId, decisionId, turn } = lease
+      const { questionId, turn } = lease
+      const decisionId = decisionOf(lease)
       try {
         await renewAssertion(deps, lease, userAssertion)
         const decided = await deps.decider.decide(lease.question)
@@ -334,33 +388,17 @@ export function createAuthorize(deps: ContinuousDeps) {
     }
 
     try {
-      await stream.receive(async request => {
-        const { kind } = request
+      await stream.receive(({ kind }): void | Promise<void> => {
         if (kind?.$case === 'questions') {
-          const { questions, userAssertion = '' } = kind.value
-          bounded('questions.questions', questions.length)
-          let answers: Answer[]
-          try {
-            answers = await ask(questions, userAssertion)
-          } catch (error) {
-            answers = noneDecided(questions.map(({ id }) => undecided(id, error)))
-          }
-          send({ $case: 'answers', value: { answers } })
+          return ask(kind.value.questions, kind.value.userAssertion ?? '')
         } else if (kind?.$case === 'renew') {
-          send({
-            $case: 'answers',
-            value: { answers: await renew(kind.value.connectionIds, kind.value.userAssertion ?? '') },
-          })
+          return renew(kind.value.connectionIds, kind.value.userAssertion ?? '')
         } else if (kind?.$case === 'close') {
           send({ $case: 'closed', value: { connectionIds: close(kind.value.connectionIds) } })
         } else if (kind?.$case === 'list') {
           send({ $case: 'connections', value: { connections: held.values().map(openConnection) } })
         } else if (kind?.$case === 'resume') {
-          const { connectionIds: ids, userAssertion = '' } = kind.value
-          const answers = await resume(ids, userAssertion).catch(error =>
-            noneDecided(ids.map(id => ({ ...undecided('', error), connectionId: id }))),
-          )
-          send({ $case: 'answers', value: { answers } })
+          return resume(kind.value.connectionIds, kind.value.userAssertion ?? '')
         } else if (kind?.$case === 'acknowledge') {
           bounded('acknowledge.connection_ids', kind.value.connectionIds.length)
           pushed.acknowledge(kind.value.connectionIds)
@@ -379,34 +417,8 @@ export function createAuthorize(deps: ContinuousDeps) {
   }
 }
 
-/**
- * All results, at once where all are there at once. If one fails, then or later, the others are undone once they are there.
- *
- * @throws the first failure
- */
-function allOrNone<Asked, T>(
-  asked: readonly Asked[],
-  act: (asked: Asked, at: number) => T | Promise<T>,
-  undo: (done: T) => void,
-): T[] | Promise<T[]> {
-  const done = new Array<T | Promise<T>>(asked.length)
-  let waits = false
-  let at = 0
-  try {
-    for (; at < asked.length; at++) {
-      const result = act(asked[at] as Asked, at)
-      if (result instanceof Promise) waits = true
-      done[at] = result
-    }
-  } catch (error) {
-    done.length = at
-    done.push(Promise.reject(error))
-    waits = true
-  }
-  return waits ? allLater(done, undo) : (done as T[])
-}
-
-async function allLater<T>(work: (T | Promise<T>)[], undo: (done: T) => void): Promise<T[]> {
+/** All results, or the first failure; then the others are undone once they are there. */
+async function allOrNone<T>(work: (T | Promise<T>)[], undo: (done: T) => void): Promise<T[]> {
   try {
     return await Promise.all(work)
   } catch (error) {
@@ -443,6 +455,11 @@ async function renewAssertion(
     lease.assertedUntilMs = Math.max(lease.assertedUntilMs, expiresAtMs)
   }
   if (lease.assertedUntilMs <= clock()) throw new UserAssertionRefused(assertionExpired(lease.assertedUntilMs))
+}
+
+function refusalOf(error: unknown): UserAssertionRefused {
+  if (error instanceof UserAssertionRefused) return error
+  throw error
 }
 
 /** The event of a message that was denied before policy was asked. */

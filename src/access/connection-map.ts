@@ -1,76 +1,108 @@
 /**
- * A map by connection id. Of ids only a number is hashed (`hashOf`), and a whole id is looked at once, when it has been found: ids
- * are strings all over the heap, and fetching them is what a map of strings spends its time on.
+ * A map by connection id: a hash table whose chains go through the connections themselves, so that adding one makes nothing, and
+ * finding it fetches little. Ids are strings all over the heap, and a plain map of ten thousands spends its time on fetching them.
  */
 import { hashOf } from './connection-id.ts'
 
-export type ConnectionMap<V extends { id: string }> = {
+/** What a connection has to be in one of these maps; it can be in one at a time. Both fields are the map's. */
+export type Chained = { id: string; idHash: number; nextInChain: Chained | undefined }
+
+export type ConnectionMap<V> = {
   get(connectionId: string): V | undefined
-  /** Takes the place of the one with the same id. */
-  add(connection: V): void
+  /** @returns the one with the same id whose place it takes */
+  add(connection: V): V | undefined
   /** @returns whether it was there, and not another one with the same id */
   remove(connection: V): boolean
   readonly size: number
-  /** None may be added or removed meanwhile. */
-  forEach(visit: (connection: V) => void): void
+  /** As they are now, in no order. */
   values(): V[]
 }
 
-export function createConnectionMap<V extends { id: string }>(): ConnectionMap<V> {
-  /** Those whose ids have the same hash are in one list. */
-  const byHash = new Map<number, V | V[]>()
+/** A power of two, as all numbers of chains. */
+const chainsMin = 1_024
+/** With fewer connections than chains by this factor there are half as many chains. */
+const sparseFactor = 8
+
+export function createConnectionMap<V extends Chained>(): ConnectionMap<V> {
+  /** By the last bits of the hash: the first one of each chain. */
+  let chains = emptyChains<V>(chainsMin)
   let size = 0
 
+  const next = (connection: V) => connection.nextInChain as V | undefined
+
   function get(id: string): V | undefined {
-    const found = byHash.get(hashOf(id))
-    if (found === undefined) return undefined
-    if (Array.isArray(found)) return found.find(connection => connection.id === id)
-    return found.id === id ? found : undefined
+    const hash = hashOf(id)
+    let found = chains[hash & (chains.length - 1)]
+    while (found !== undefined && (found.idHash !== hash || found.id !== id)) found = next(found)
+    return found
+  }
+
+  function add(connection: V): V | undefined {
+    const { id } = connection
+    const hash = hashOf(id)
+    const at = hash & (chains.length - 1)
+    const first = chains[at]
+    let before = first
+    while (before !== undefined && (before.idHash !== hash || before.id !== id)) before = next(before)
+    if (before !== undefined) unlink(before)
+    connection.idHash = hash
+    connection.nextInChain = before === undefined ? first : chains[at]
+    chains[at] = connection
+    if (++size > chains.length) rehash(chains.length * 2)
+    return before
   }
 
   function remove(connection: V): boolean {
-    const hash = hashOf(connection.id)
-    const found = byHash.get(hash)
+    if (!unlink(connection)) return false
+    if (size * sparseFactor < chains.length && chains.length > chainsMin) rehash(chains.length / 2)
+    return true
+  }
+
+  function unlink(connection: V): boolean {
+    const at = connection.idHash & (chains.length - 1)
+    let previous: V | undefined
+    let found = chains[at]
+    while (found !== undefined && found !== connection) {
+      previous = found
+      found = next(found)
+    }
     if (found === undefined) return false
-    if (found === connection) byHash.delete(hash)
-    else if (Array.isArray(found) && found.includes(connection)) {
-      const others = found.filter(other => other !== connection)
-      byHash.set(hash, others.length === 1 ? (others[0] as V) : others)
-    } else return false
+    if (previous === undefined) chains[at] = next(connection)
+    else previous.nextInChain = connection.nextInChain
+    connection.nextInChain = undefined
     size--
     return true
   }
 
-  function forEach(visit: (connection: V) => void): void {
-    for (const found of byHash.values()) {
-      if (Array.isArray(found)) found.forEach(visit)
-      else visit(found)
+  function rehash(count: number): void {
+    const all = values()
+    chains = emptyChains(count)
+    for (const connection of all) {
+      const at = connection.idHash & (count - 1)
+      connection.nextInChain = chains[at]
+      chains[at] = connection
     }
+  }
+
+  function values(): V[] {
+    const all: V[] = []
+    for (const first of chains) {
+      for (let connection = first; connection !== undefined; connection = next(connection)) all.push(connection)
+    }
+    return all
   }
 
   return {
     get,
-    add(connection) {
-      const hash = hashOf(connection.id)
-      const found = byHash.get(hash)
-      if (found === undefined) byHash.set(hash, connection)
-      else {
-        const all = Array.isArray(found) ? found : [found]
-        const others = all.filter(({ id }) => id !== connection.id)
-        size -= all.length - others.length
-        byHash.set(hash, others.length === 0 ? connection : [...others, connection])
-      }
-      size++
-    },
+    add,
     remove,
     get size() {
       return size
     },
-    forEach,
-    values() {
-      const values: V[] = []
-      forEach(connection => values.push(connection))
-      return values
-    },
+    values,
   }
+}
+
+function emptyChains<V>(count: number): (V | undefined)[] {
+  return new Array<V | undefined>(count).fill(undefined)
 }

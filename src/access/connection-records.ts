@@ -12,7 +12,7 @@ import { canonicalJson } from '../audit/seals.ts'
 import { announcing } from '../db/change-feed.ts'
 import { untilCommitted } from '../db/failure.ts'
 import { AuthorizeServiceService } from '../gen/edgemesh/v1/authorize.ts'
-import { decisionIdOf, placeOf } from './connection-id.ts'
+import { decisionIdOf, decisionOf, placeOf } from './connection-id.ts'
 import { joinInput } from './decision-records.ts'
 import type { Lease } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
@@ -52,7 +52,7 @@ export function connectionEntry(
   nowMs: number,
   reasons: PolicyReason[],
 ): JournalEntry {
-  const { id, question, userId, serviceId, grantedAtMs, decisionId } = lease
+  const { id, question, userId, serviceId, grantedAtMs } = lease
   const status = lease.state === 'suspended' ? 'active' : lease.state
   const ended = status !== 'active'
   const endReasons = ended ? canonicalJson(reasons) : null
@@ -61,7 +61,7 @@ export function connectionEntry(
   const [grantedAt, endedAt] = [new Date(grantedAtMs), ended ? new Date(nowMs) : null]
   return {
     table: connectionsTable,
-    row: [...holder, status, grantedAt, endedAt, endReasons, decisionId, resumeBy],
+    row: [...holder, status, grantedAt, endedAt, endReasons, decisionOf(lease), resumeBy],
   }
 }
 

@@ -4,7 +4,7 @@ import { Fault } from '../fault.ts'
 import type { Decider, Decision, Verdict } from './decide.ts'
 import type { Decided } from './decision-records.ts'
 import type { Facts } from './facts.ts'
-import type { Granted, Lease, Leases } from './leases.ts'
+import type { Lease, Leases } from './leases.ts'
 
 /** Changes that may fall between deciding and leasing before the caller is asked to try again. */
 const attemptsMax = 5
@@ -15,26 +15,33 @@ export type DecidedAndLeased = Decided & { lease: Lease | undefined }
  * Decides, and leases what is allowed, with no change unseen in between: if a fact has changed while policy was
  * evaluated, it is decided again.
  *
- * @param wanted what there is of the lease; what it rests on is filled in
+ * @param wanted the lease, if it is allowed; what it rests on is filled in
  * @param nowMs the clock's time, read once for all questions of a message
  */
 export function decideAndLease(
   deps: LeasingDeps,
-  wanted: Granted,
+  wanted: Lease,
   nowMs: number,
   attempt = 1,
 ): DecidedAndLeased | Promise<DecidedAndLeased> {
-  const { question } = wanted
-  const decision = deps.decider.decide(question, nowMs)
+  const decision = deps.decider.decide(wanted.question, nowMs)
   // What is decided at once is decided by what is so now.
   if (!(decision instanceof Promise)) return leased(deps, wanted, decision)
-  return decision.then(decided => {
-    const isCurrent = !decided.verdict.allow || deps.facts.isCurrent(question, decided.ground)
-    if (isCurrent) return leased(deps, wanted, decided)
-    if (attempt < attemptsMax) return decideAndLease(deps, wanted, deps.clock(), attempt + 1)
-    throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
-      retryAfterMs: 100,
-    })
+  return leasedLater(deps, wanted, decision, attempt)
+}
+
+async function leasedLater(
+  deps: LeasingDeps,
+  wanted: Lease,
+  deciding: Promise<Decision>,
+  attempt: number,
+): Promise<DecidedAndLeased> {
+  const decided = await deciding
+  const isCurrent = !decided.verdict.allow || deps.facts.isCurrent(wanted.question, decided.ground)
+  if (isCurrent) return leased(deps, wanted, decided)
+  if (attempt < attemptsMax) return decideAndLease(deps, wanted, deps.clock(), attempt + 1)
+  throw new Fault('ABORTED', 'FACTS_CHANGING', 'the facts change faster than they can be decided on; try again', {
+    retryAfterMs: 100,
   })
 }
 
@@ -45,7 +52,7 @@ export type LeasingDeps = {
   clock: Clock
 }
 
-function leased(deps: LeasingDeps, wanted: Granted, decision: Decision): DecidedAndLeased {
+function leased(deps: LeasingDeps, wanted: Lease, decision: Decision): DecidedAndLeased {
   const verdict = endingBy(decision.verdict, wanted.assertedUntilMs)
   if (!verdict.allow) return { verdict, lease: undefined }
   const { user, service } = decision.ground

@@ -172,7 +172,11 @@ function whatEnded(
   revision: string,
   now: number,
 ): InvalidationCause | undefined {
-  for (const part of groundParts) if (before[part].version !== ground[part].version) return part
+  if (before.device.version !== ground.device.version) return 'device'
+  if (before.user.version !== ground.user.version) return 'user'
+  if (before.service.version !== ground.service.version) return 'service'
+  if (before.grants.version !== ground.grants.version) return 'grants'
+  if (before.policy.version !== ground.policy.version) return 'policy'
   if (verdict.policyRevision !== revision) return 'revision'
   return verdict.evaluatedAtMs <= now && now < verdict.expiresAtMs ? undefined : 'time'
 }

@@ -1,19 +1,19 @@
 /** Decisions on record: one row a message, however many questions it carried. A decision's id is the row's and its place. */
-import { randomUUIDv7 } from 'node:crypto'
 import type { Attributes } from '@opentelemetry/api'
 import type { JournalEntry } from '../audit/journal.ts'
 import type { JournalTable } from '../audit/journal-table.ts'
 import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { describeSpan } from '../telemetry/tracing.ts'
+import { newDecisionId } from './connection-id.ts'
 import { keepsOnRecord, recordText, type Verdict } from './decide.ts'
 import type { Lease } from './leases.ts'
 
 /** What was answered; the verdict says to which question. */
 export type Decided = { verdict: Verdict }
 
-/** `committed` has to be called once the entry is on disk: later answers by the same verdicts refer to it. */
-export type DecisionRecord = { entry: JournalEntry; committed: () => void }
+/** `committed`, if there is one, has to be called once the entry is on disk: later answers by the same verdicts refer to it. */
+export type DecisionRecord = { entry: JournalEntry; committed: (() => void) | undefined }
 
 const decisionsTable: JournalTable = {
   name: 'decisions',
@@ -48,11 +48,6 @@ export function joinInput(question: string): string {
   cross join lateral (select coalesce(${question} -> 'input', first.input) as input) known`
 }
 
-/** For a row of decisions. Its last byte is left to the connections that they allow: see `connection-id.ts`. */
-export function newDecisionId(): string {
-  return `${randomUUIDv7().slice(0, -2)}00`
-}
-
 /**
  * @param id by `newDecisionId`
  * @param startedAt when the work on the message began, as `performance.now()`
@@ -67,8 +62,8 @@ export function decisionEntry(
 ): DecisionRecord {
   const { method, address, instanceId } = call
   const latencyUs = Math.round((performance.now() - startedAt) * 1_000)
+  describeSpan(spanFacts, id, deviceId, decided)
   const by = { caller: callerName(call.caller), method, address, instanceId }
-  describeSpan(() => spanFacts(id, deviceId, decided))
   return decisionRow(id, by, deviceId, decided, nowMs, latencyUs)
 }
 
@@ -91,16 +86,17 @@ function decisionRow(
     by.instanceId,
     decided[0]?.verdict.policyRevision ?? '',
     latencyUs,
-    `[${decided.map(({ verdict }) => recordText(verdict)).join(',')}]`,
+    decided.map(({ verdict }) => recordText(verdict)),
   ]
-  return {
-    entry: { table: decisionsTable, row },
-    committed() {
-      decided.forEach(({ verdict }, place) => {
-        if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, `${id}.${place}`, at)
-      })
-    },
-  }
+  const areKnown = decided.every(({ verdict }) => verdict.onRecord.place !== undefined)
+  return { entry: { table: decisionsTable, row }, committed: areKnown ? undefined : keepingOnRecord(decided, id, at) }
+}
+
+function keepingOnRecord(decided: Decided[], id: string, at: Date): () => void {
+  return () =>
+    decided.forEach(({ verdict }, place) => {
+      if (verdict.onRecord.place === undefined) keepsOnRecord(verdict, `${id}.${place}`, at)
+    })
 }
 
 /** What the span of a message says of its decisions: by the id all else is found. */
@@ -119,8 +115,8 @@ function spanFacts(id: string, deviceId: string, decided: Decided[]): Attributes
 /** The decision that ended a lease, made by the server itself. */
 export function revocationEntry(instanceId: string, clock: Clock) {
   return (lease: Lease, verdict: Verdict): { entry: JournalEntry; decisionId: string } => {
-    const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
     const id = newDecisionId()
+    const by = { caller: `instance/${instanceId}`, method: 'lease', address: '', instanceId }
     const { entry } = decisionRow(id, by, lease.question.deviceId, [{ verdict }], clock(), 0)
     return { entry, decisionId: `${id}.0` }
   }

@@ -26,7 +26,8 @@ import type { CheckRequest, CheckResponse } from '../gen/envoy/service/auth/v3/e
 import { formatSpiffeId, isSafeId, parseSpiffeId } from '../identity/spiffe-id.ts'
 import type { Standing } from '../identity/standing.ts'
 import { type AuthorizeDeps, checkQuestion } from './authorize.ts'
-import { decisionEntry, newDecisionId } from './decision-records.ts'
+import { newDecisionId } from './connection-id.ts'
+import { decisionEntry } from './decision-records.ts'
 import { parseForwardedCertificates } from './forwarded-certificate.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
@@ -89,7 +90,7 @@ export function createEnvoyCheck(deps: EnvoyDeps) {
       const decisionId = newDecisionId()
       const decision = decisionEntry(decisionId, call, seen.deviceId, [{ verdict }], deps.clock(), startedAt)
       await deps.journal.append([decision.entry])
-      decision.committed()
+      decision.committed?.()
       call.audit.written = true
       counted(verdict.allow ? undefined : verdict.reasons)
       const told = { decisionId: `${decisionId}.0`, policyRevision: verdict.policyRevision }

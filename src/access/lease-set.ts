@@ -13,6 +13,8 @@ export type LeaseSet<Lease> = {
   /** @returns whether it was there */
   remove(lease: Lease): boolean
   readonly size: number
+  /** None may be added or removed meanwhile. */
+  forEach(visit: (lease: Lease) => void): void
   /** As they are now. */
   values(): Lease[]
 }
@@ -44,6 +46,9 @@ export function createLeaseSet<Kind extends SetOfLeases, Lease extends Record<Ki
     },
     get size() {
       return leases.length
+    },
+    forEach(visit) {
+      for (let at = 0; at < leases.length; at++) visit(leases[at] as Lease)
     },
     values: () => [...leases],
   }

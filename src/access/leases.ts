@@ -23,7 +23,8 @@ import type { ChangeFeed } from '../db/change-feed.ts'
 import { Fault } from '../fault.ts'
 import type { Log } from '../telemetry/log.ts'
 import { spannedApart } from '../telemetry/tracing.ts'
-import { createConnectionMap } from './connection-map.ts'
+import { decisionOf } from './connection-id.ts'
+import { type Chained, createConnectionMap } from './connection-map.ts'
 import { connectionEntry, departedConnections, recordedAfterMs } from './connection-records.ts'
 import type { AccessQuestion, Decider, Verdict } from './decide.ts'
 import { createLeaseSet, type LeaseSet, type SetOfLeases } from './lease-set.ts'
@@ -32,31 +33,32 @@ import { assertionExpired } from './user-assertion.ts'
 
 export type LeaseState = 'active' | 'suspended' | 'revoked' | 'closed' | 'moved'
 
-export type Lease = Record<SetOfLeases, number> & {
-  id: string
-  questionId: string
-  question: AccessQuestion
-  userId: string
-  serviceId: string
-  role: string
-  state: LeaseState
-  grantedAtMs: number
-  /** It has a row of its own, or will have. */
-  recorded: boolean
-  /** When the verdict that it stands on expires, or the user's assertion if that is sooner. */
-  expiresAtMs: number
-  /** How often it has been asked to be decided anew: what was asked earlier and is answered later does not count. */
-  turn: number
-  /** When the assertion that names its user expires; never, where the user was named without. */
-  assertedUntilMs: number
-  decisionId: string
-  /** While it is suspended: until when it can be resumed, by the database's clock, which claims go by. */
-  resumeBy: Date | undefined
-  /** Tells the holder. */
-  push: (revocation: Revocation) => void
-  /** The holder holds it no more, and needn't be told. */
-  moved: (lease: Lease) => void
-}
+export type Lease = Record<SetOfLeases, number> &
+  Chained & {
+    questionId: string
+    question: AccessQuestion
+    userId: string
+    serviceId: string
+    role: string
+    state: LeaseState
+    grantedAtMs: number
+    /** It has a row of its own, or will have. */
+    recorded: boolean
+    /** When the verdict that it stands on expires, or the user's assertion if that is sooner. */
+    expiresAtMs: number
+    /** How often it has been asked to be decided anew: what was asked earlier and is answered later does not count. */
+    turn: number
+    /** When the assertion that names its user expires; never, where the user was named without. */
+    assertedUntilMs: number
+    /** The answer that allowed it last; absent where that is the one that its id tells (`decisionOf`). */
+    decisionId: string | undefined
+    /** While it is suspended: until when it can be resumed, by the database's clock, which claims go by. */
+    resumeBy: Date | undefined
+    /** Tells the holder. */
+    push: (revocation: Revocation) => void
+    /** The holder holds it no more, and needn't be told. */
+    moved: (lease: Lease) => void
+  }
 
 export type Revocation = {
   lease: Lease
@@ -68,16 +70,17 @@ export type Revocation = {
 }
 
 /** `recorded`: it is resumed, and so has a row. */
-export type Granted = Omit<Lease, SetOfLeases | 'state' | 'resumeBy' | 'turn'>
+export type Granted = Omit<Lease, SetOfLeases | Exclude<keyof Chained, 'id'> | 'state' | 'resumeBy' | 'turn'>
 
 export type Leases = {
   /**
    * From here on the lease is watched: before its decision is on record, so that no change falls between. One with the same
    * id that there is here has moved.
    *
+   * @param lease by `newLease`
    * @param decidedBy the revision of the policy that allowed it; if that has been replaced meanwhile, it is decided anew
    */
-  grant(lease: Granted, decidedBy?: string): Lease
+  grant(lease: Lease, decidedBy?: string): Lease
   /** It is taken back for something that no change of its ground has shown. */
   revoke(lease: Lease, reasons: PolicyReason[]): void
   /**
@@ -154,6 +157,12 @@ export function createLeases(options: LeasesOptions): Leases {
   const due = new Map<Lease, number | undefined>()
   let underWay = 0
 
+  /** None may be added or removed meanwhile. */
+  function forEachWatched(visit: (lease: Lease) => void): void {
+    // A device's leases lie closer together in memory than those that `watched` has next to each other.
+    for (const ofDevice of byDevice.values()) ofDevice.forEach(visit)
+  }
+
   const isWatched = ({ state }: Lease) => state === 'active' || state === 'suspended'
 
   /** The one place in which a state changes. @returns false when there is no way there */
@@ -189,7 +198,7 @@ export function createLeases(options: LeasesOptions): Leases {
   }
 
   function takeBack(lease: Lease, reasons: PolicyReason[], sinceMs?: number): void {
-    revoke(lease, { reasons, policyRevision: engine.revision(), decisionId: lease.decisionId, sinceMs })
+    revoke(lease, { reasons, policyRevision: engine.revision(), decisionId: decisionOf(lease), sinceMs })
   }
 
   function move(lease: Lease): void {
@@ -302,7 +311,7 @@ export function createLeases(options: LeasesOptions): Leases {
 
   function those(which: (lease: Lease) => boolean): Lease[] {
     const found: Lease[] = []
-    watched.forEach(lease => {
+    forEachWatched(lease => {
       if (which(lease)) found.push(lease)
     })
     return found
@@ -324,7 +333,7 @@ export function createLeases(options: LeasesOptions): Leases {
     }
     const expired: Lease[] = []
     const lasting: Lease[] = []
-    watched.forEach(lease => {
+    forEachWatched(lease => {
       const { expiresAtMs, recorded, grantedAtMs } = lease
       if (expiresAtMs <= now) expired.push(lease)
       if (!recorded && Math.abs(now - grantedAtMs) >= recordedAfterMs) lasting.push(lease)
@@ -337,31 +346,9 @@ export function createLeases(options: LeasesOptions): Leases {
   sweeping.unref()
 
   return {
-    grant(wanted, decidedBy = engine.revision()) {
-      const before = watched.get(wanted.id)
+    grant(lease, decidedBy = engine.revision()) {
+      const before = watched.add(lease)
       if (before) move(before)
-      // One by one: spreading the object is the dearest part of it.
-      const lease: Lease = {
-        id: wanted.id,
-        questionId: wanted.questionId,
-        question: wanted.question,
-        userId: wanted.userId,
-        serviceId: wanted.serviceId,
-        role: wanted.role,
-        state: 'active',
-        grantedAtMs: wanted.grantedAtMs,
-        recorded: wanted.recorded,
-        expiresAtMs: wanted.expiresAtMs,
-        assertedUntilMs: wanted.assertedUntilMs,
-        turn: 0,
-        decisionId: wanted.decisionId,
-        resumeBy: undefined,
-        push: wanted.push,
-        moved: wanted.moved,
-        atStream: -1,
-        atDevice: -1,
-      }
-      watched.add(lease)
       const { deviceId } = lease.question
       let ofDevice = byDevice.get(deviceId)
       if (!ofDevice) {
@@ -408,13 +395,40 @@ export function createLeases(options: LeasesOptions): Leases {
     reconcile,
     activeByService() {
       const counts = new Map<string, number>()
-      watched.forEach(({ state, serviceId }) => {
+      forEachWatched(({ state, serviceId }) => {
         if (state === 'active') counts.set(serviceId, (counts.get(serviceId) ?? 0) + 1)
       })
       return counts
     },
     suspended: () => suspended.all().length,
     stop: () => clearInterval(sweeping),
+  }
+}
+
+/** One that is not watched yet: for `Leases.grant`. */
+export function newLease(granted: Granted): Lease {
+  // One by one: spreading the object is many times as dear.
+  return {
+    id: granted.id,
+    idHash: 0,
+    nextInChain: undefined,
+    questionId: granted.questionId,
+    question: granted.question,
+    userId: granted.userId,
+    serviceId: granted.serviceId,
+    role: granted.role,
+    state: 'active',
+    grantedAtMs: granted.grantedAtMs,
+    recorded: granted.recorded,
+    expiresAtMs: granted.expiresAtMs,
+    assertedUntilMs: granted.assertedUntilMs,
+    turn: 0,
+    decisionId: granted.decisionId,
+    resumeBy: undefined,
+    push: granted.push,
+    moved: granted.moved,
+    atStream: -1,
+    atDevice: -1,
   }
 }
 

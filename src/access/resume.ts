@@ -10,11 +10,12 @@ import { callerName } from '../caller.ts'
 import type { Answer } from '../gen/edgemesh/v1/authorize.ts'
 import { answerOf, denial, undecided } from './answers.ts'
 import type { AuthorizeDeps, Resume, ResumingStream } from './authorize.ts'
+import { decisionOf, newDecisionId } from './connection-id.ts'
 import { type Claim, connectionEntry } from './connection-records.ts'
 import type { AccessQuestion, Verdict } from './decide.ts'
 import { decideAndLease } from './decide-and-lease.ts'
-import { decisionEntry, newDecisionId } from './decision-records.ts'
-import type { Lease, Leases, Revocation } from './leases.ts'
+import { decisionEntry } from './decision-records.ts'
+import { type Lease, type Leases, newLease, type Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
 
@@ -84,7 +85,7 @@ export function createResume(deps: ResumeDeps): Resume {
       })
       const allowed = decided.map(({ lease }) => lease).filter(({ state }) => state === 'active')
       await journal.append([entry, ...allowed.map(lease => connectionEntry(lease, instanceId, clock(), []))])
-      committed()
+      committed?.()
 
       // Step 5: Another may have claimed it, or an operator closed it, before it was watched here.
       await leases.reconcile(allowed.map(({ id }) => id))
@@ -109,12 +110,13 @@ export function createResume(deps: ResumeDeps): Resume {
   /** @throws Fault when it can't be decided now; UserAssertionRefused when it is not the connection of this user */
   async function decide(claim: Claim, stream: ResumingStream, push: Lease['push']): Promise<Decided> {
     const assertedUntilMs = await assertedUntil(claim, stream.userAssertion)
-    const wanted = {
+    const { moved } = stream
+    const wanted = newLease({
       ...unleased(claim, questionOf(claim, stream.deviceId)),
       assertedUntilMs,
       push,
-      moved: stream.moved,
-    }
+      moved,
+    })
     const { verdict, lease } = await decideAndLease(deps, wanted, clock())
     // A denial ends what there is of it here too: another stream may be resuming the same at this moment.
     return { claim, verdict, lease: lease ?? leases.grant(wanted) }
@@ -129,7 +131,7 @@ export function createResume(deps: ResumeDeps): Resume {
 
   /** It can't be decided, so it waits here from now on, and its watch goes on trying. */
   function waitHere(claim: Claim, deviceId: string): void {
-    const lease = leases.grant({ ...unleased(claim, questionOf(claim, deviceId)), push() {}, moved() {} })
+    const lease = leases.grant(newLease({ ...unleased(claim, questionOf(claim, deviceId)), push() {}, moved() {} }))
     leases.suspend([lease], waitsUntilMs(claim))
     lookAgain([claim.id])
   }
@@ -174,7 +176,7 @@ function answerFor(lease: Lease, verdict: Verdict, revocation: Revocation | unde
     return answerOf('', { ...verdict, allow: false, reasons, policyRevision }, decisionId, lease.id)
   }
   if (verdict.allow && lease.state !== 'active') return denialOf(lease.id, undefined)
-  return answerOf('', verdict, lease.decisionId, lease.id)
+  return answerOf('', verdict, decisionOf(lease), lease.id)
 }
 
 /** Of a connection that can't be resumed. One that was taken back was so for these reasons. */

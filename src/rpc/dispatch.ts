@@ -487,13 +487,14 @@ function messageStream(
   let finishing: Fault | undefined
   let onFinish = () => {}
   let onUnread = () => {}
+  const { signal } = call
   return {
     finish(fault) {
       finishing = fault
       onFinish()
     },
     send(message) {
-      if (call.signal.aborted || grpcCall.writableEnded) return
+      if (signal.aborted || grpcCall.writableEnded) return
       grpcCall.write(message)
       if (grpcCall.writableLength > messagesUnreadMax) onUnread()
     },
@@ -527,9 +528,9 @@ function messageStream(
           grpcCall.pause()
           if (underWay === 0) fail(finishing)
         }
-        if (call.signal.aborted) return fail(call.signal.reason)
+        if (signal.aborted) return fail(signal.reason)
         if (finishing) return fail(finishing)
-        call.signal.addEventListener('abort', () => fail(call.signal.reason), { once: true })
+        signal.addEventListener('abort', () => fail(signal.reason), { once: true })
         grpcCall.on('error', fail)
         // A stream that is lost ends too; that it was cancelled is told later, but in the same turn of the event loop.
         grpcCall.on('end', () =>

@@ -168,10 +168,10 @@ export function apart<T>(work: () => T): T {
 }
 
 /** Adds to the span that is under way. What it says is made only if somebody will see it. */
-export function describeSpan(about: () => Attributes): void {
+export function describeSpan<Given extends unknown[]>(about: (...given: Given) => Attributes, ...given: Given): void {
   if (!tracer) return
   const span = trace.getActiveSpan()
-  if (span?.isRecording()) span.setAttributes(about())
+  if (span?.isRecording()) span.setAttributes(about(...given))
 }
 
 /** Headers by which whoever is asked next continues the trace. */

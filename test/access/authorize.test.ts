@@ -4,7 +4,7 @@ import type pg from 'pg'
 import { type ContinuousDeps, createAuthorize } from '../../src/access/authorize.ts'
 import type { Decision } from '../../src/access/decide.ts'
 import { revocationEntry } from '../../src/access/decision-records.ts'
-import { createLeases, type Lease } from '../../src/access/leases.ts'
+import { createLeases, type Lease, newLease } from '../../src/access/leases.ts'
 import { watchRevocations } from '../../src/access/revocations.ts'
 import type { JournalEntry } from '../../src/audit/journal.ts'
 import type { Call } from '../../src/caller.ts'
@@ -116,7 +116,7 @@ test('a grant of a new role that goes while the connection is decided under that
   t.teardown(leases.stop)
   const revoked: Lease[] = []
   const lease = leases.grant(
-    {
+    newLease({
       id: '00000000-0000-7000-8000-000000000000',
       questionId: 'q',
       question,
@@ -130,7 +130,7 @@ test('a grant of a new role that goes while the connection is decided under that
       decisionId: '',
       push: ({ lease }) => void revoked.push(lease),
       moved() {},
-    },
+    }),
     '2',
   )
   // Ada becomes an admin. While that is decided admins lose the service.

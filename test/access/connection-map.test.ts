@@ -1,9 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import test from 'ava'
 import fc from 'fast-check'
-import { connectionIdOf, decisionIdOf, hashOf, placeOf } from '../../src/access/connection-id.ts'
-import { createConnectionMap } from '../../src/access/connection-map.ts'
-import { newDecisionId } from '../../src/access/decision-records.ts'
+import { connectionIdOf, decisionIdOf, hashOf, newDecisionId, placeOf } from '../../src/access/connection-id.ts'
+import { type Chained, createConnectionMap } from '../../src/access/connection-map.ts'
+
+const entry = (id: string): Chained => ({ id, idHash: 0, nextInChain: undefined })
 
 const decisions = Array.from({ length: 3 }, newDecisionId)
 /** Only the last ten digits are hashed, so these two have the same hash. */
@@ -20,17 +21,17 @@ test('connections are added, found, replaced and removed as in a plain map by id
   const step = fc.record({ act: fc.constantFrom('add', 'add', 'remove', 'remove another'), id })
   fc.assert(
     fc.property(fc.array(step, { maxLength: 60 }), steps => {
-      const map = createConnectionMap<{ id: string }>()
-      const plain = new Map<string, { id: string }>()
+      const map = createConnectionMap<Chained>()
+      const plain = new Map<string, Chained>()
       for (const { act, id } of steps) {
         if (act === 'add') {
-          const added = { id }
-          map.add(added)
+          const added = entry(id)
+          t.is(map.add(added), plain.get(id))
           plain.set(id, added)
         } else {
           // One of the same id that was never added leaves the other where it is.
           const known = act === 'remove' ? plain.get(id) : undefined
-          t.is(map.remove(known ?? { id }), known !== undefined)
+          t.is(map.remove(known ?? entry(id)), known !== undefined)
           if (known) plain.delete(id)
         }
         t.is(map.get(id), plain.get(id))
@@ -43,9 +44,30 @@ test('connections are added, found, replaced and removed as in a plain map by id
   )
 })
 
+test('ten thousand connections are found while their map grows, and while it gets small again', t => {
+  const map = createConnectionMap<Chained>()
+  const entries = Array.from({ length: 10_000 }, () => entry(newDecisionId()))
+  for (const added of entries) map.add(added)
+  t.is(map.size, 10_000)
+  for (const known of entries) t.is(map.get(known.id), known)
+  for (const [at, known] of entries.entries()) if (at % 100 > 0) map.remove(known)
+  t.is(map.size, 100)
+  t.deepEqual(
+    map
+      .values()
+      .map(({ id }) => id)
+      .toSorted(),
+    entries
+      .filter((_, at) => at % 100 === 0)
+      .map(({ id }) => id)
+      .toSorted(),
+  )
+  for (const [at, known] of entries.entries()) t.is(map.get(known.id), at % 100 === 0 ? known : undefined)
+})
+
 test('what is no id of a connection finds none', t => {
-  const map = createConnectionMap<{ id: string }>()
-  const known = { id: connectionIdOf(decisions[0]!, 171) }
+  const map = createConnectionMap<Chained>()
+  const known = entry(connectionIdOf(decisions[0]!, 171))
   map.add(known)
   t.is(map.get(known.id), known)
   const { id } = known

@@ -1,5 +1,5 @@
 import test, { type ExecutionContext } from 'ava'
-import { connectionIdOf } from '../../src/access/connection-id.ts'
+import { connectionIdOf, newDecisionId } from '../../src/access/connection-id.ts'
 import {
   claimConnections,
   connectionEntry,
@@ -7,7 +7,7 @@ import {
   recordFromDecisions,
 } from '../../src/access/connection-records.ts'
 import type { Verdict } from '../../src/access/decide.ts'
-import { decisionEntry, newDecisionId } from '../../src/access/decision-records.ts'
+import { decisionEntry } from '../../src/access/decision-records.ts'
 import type { Lease } from '../../src/access/leases.ts'
 import { callEntry, type Journal, startJournal } from '../../src/audit/journal.ts'
 import { sealKeyFrom } from '../../src/audit/seals.ts'

@@ -9,7 +9,7 @@ import fc from 'fast-check'
 import type pg from 'pg'
 import type { Claim } from '../../src/access/connection-records.ts'
 import type { Verdict } from '../../src/access/decide.ts'
-import { createLeases, type Lease, suspendedPerDeviceMax } from '../../src/access/leases.ts'
+import { createLeases, type Lease, newLease, suspendedPerDeviceMax } from '../../src/access/leases.ts'
 import { createResume } from '../../src/access/resume.ts'
 import type { JournalEntry } from '../../src/audit/journal.ts'
 import type { Call } from '../../src/caller.ts'
@@ -142,7 +142,7 @@ function startInstance(name: string, world: World) {
       }
     },
     grant(stream: Stream): void {
-      stream.held = leases.grant({ id, questionId: 'q', question, ...leaseOf(stream) })
+      stream.held = leases.grant(newLease({ id, questionId: 'q', question, ...leaseOf(stream) }))
     },
     resume: (stream: Stream): Promise<Answer[]> =>
       resume([id], {
@@ -366,12 +366,14 @@ test.serial(
   async t => {
     const { leases, written } = alone(t)
     const all = Array.from({ length: suspendedPerDeviceMax + 3 }, () =>
-      leases.grant({
-        id: randomUUID(),
-        questionId: 'q',
-        question,
-        ...leaseOf({ held: undefined, isOpen: true, told: 0 }),
-      }),
+      leases.grant(
+        newLease({
+          id: randomUUID(),
+          questionId: 'q',
+          question,
+          ...leaseOf({ held: undefined, isOpen: true, told: 0 }),
+        }),
+      ),
     )
     leases.suspend(all)
     t.is(leases.suspended(), suspendedPerDeviceMax)
@@ -393,7 +395,7 @@ test.serial('a connection that is not allowed after all, after its record has ta
   const { leases, written } = alone(t)
   const stream = { held: undefined, isOpen: true, told: 0 }
   const [quick, slow] = [0, 1].map(() =>
-    leases.grant({ id: randomUUID(), questionId: 'q', question, ...leaseOf(stream) }),
+    leases.grant(newLease({ id: randomUUID(), questionId: 'q', question, ...leaseOf(stream) })),
   )
   leases.drop(quick!)
   mock.timers.tick(2_200)
