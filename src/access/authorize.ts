@@ -1,5 +1,5 @@
 /**
- * Check and Authorize: may this user, on this device, reach this service, now?
+ * Authorize: may this user, on this device, reach this service, now, and for how long?
  *
  * A question's life: identity of the connection → limit → decide (`decide.ts`) → lease, watched from here on
  * (`leases.ts`) → audit, one row a message however many questions it carried → answer. An allow leaves only when its
@@ -11,14 +11,7 @@ import { type Call, callerName } from '../caller.ts'
 import type { Clock } from '../clock.ts'
 import { durationOf } from '../duration.ts'
 import { Fault, invalidField } from '../fault.ts'
-import type {
-  Answer,
-  AuthorizeRequest,
-  AuthorizeResponse,
-  CheckRequest,
-  CheckResponse,
-  Question,
-} from '../gen/edgemesh/v1/authorize.ts'
+import type { Answer, AuthorizeRequest, AuthorizeResponse, Question } from '../gen/edgemesh/v1/authorize.ts'
 import type { MessageStream } from '../message-stream.ts'
 import { answerOf, denial, passing, undecided } from './answers.ts'
 import { connectionIdOf, decisionOf, newDecisionId } from './connection-id.ts'
@@ -29,6 +22,7 @@ import type { Facts } from './facts.ts'
 import { createLeaseSet } from './lease-set.ts'
 import { type Lease, type Leases, newLease, type Revocation } from './leases.ts'
 import type { PolicyReason } from './policy-engine.ts'
+import { checkQuestion, nameUsers, refusalEntry, refusalOf } from './question.ts'
 import type { RevocationWatch } from './revocations.ts'
 import { assertionExpired, UserAssertionRefused, type UserAssertions } from './user-assertion.ts'
 
@@ -78,50 +72,8 @@ export type ResumingStream = Pick<Lease, 'push' | 'moved'> & {
 
 /** What a message may carry. At 2 kB of audit a question, a full message is a row of a quarter megabyte. */
 const questionsMax = 128
-const questionIdCharactersMax = 64
-const actionCharactersMax = 32
-/** An e-mail address is of 254 characters at most (RFC 5321). */
-const nameCharactersMax = 254
 /** Leases one stream may hold. */
 const leasesPerStreamMax = 4_096
-
-export function createCheck(deps: AuthorizeDeps) {
-  return async (request: CheckRequest, call: Call): Promise<CheckResponse> => {
-    const startedAt = performance.now()
-    if (!request.question) throw invalidField('question', 'is missing')
-    const deviceId = deviceAsked(request, call)
-    const { userAssertion = '' } = request
-    const asserting = deps.assertions?.demanded(userAssertion, call.caller.kind)
-    const question = checkQuestion(request.question, deviceId, 'question', asserting)
-    call.audit.target = `device/${deviceId}`
-    const wait = deps.limit(callerName(call.caller), 1)
-    if (wait) await wait
-    let assertedUntilMs = Number.POSITIVE_INFINITY
-    if (asserting) {
-      try {
-        assertedUntilMs = await nameUsers(deps, userAssertion, [question])
-      } catch (error) {
-        if (!(error instanceof UserAssertionRefused)) throw error
-        await deps.journal.append([refusalEntry(call, [question], error)])
-        call.audit.written = true
-        deps.onDecisions(0, 1, (performance.now() - startedAt) / 1_000)
-        deps.onDenied([error.why])
-        return { answer: denial(request.question.id, error.why), serverTime: new Date(deps.clock()) }
-      }
-    }
-    const decided = deps.decider.decide(question)
-    const verdict = endingBy((decided instanceof Promise ? await decided : decided).verdict, assertedUntilMs)
-    const decisionId = newDecisionId()
-    const decision = decisionEntry(decisionId, call, deviceId, [{ verdict }], deps.clock(), startedAt)
-    await deps.journal.append([decision.entry])
-    decision.committed?.()
-    call.audit.written = true
-    deps.onDecisions(verdict.allow ? 1 : 0, verdict.allow ? 0 : 1, (performance.now() - startedAt) / 1_000)
-    if (!verdict.allow) deps.onDenied(verdict.reasons)
-    const answer = answerOf(request.question.id, verdict, `${decisionId}.0`, '')
-    return { answer, serverTime: new Date(deps.clock()) }
-  }
-}
 
 export function createAuthorize(deps: ContinuousDeps) {
   const resumeWithin = durationOf(deps.graceMs)
@@ -427,23 +379,6 @@ async function allOrNone<T>(work: (T | Promise<T>)[], undo: (done: T) => void): 
   }
 }
 
-/**
- * Puts the user whom the assertion names into the questions. @returns until when that holds, ms since epoch
- *
- * @throws UserAssertionRefused; Fault UNAVAILABLE when the issuer's keys can't be had
- */
-async function nameUsers(
-  { assertions }: AuthorizeDeps,
-  userAssertion: string,
-  questions: AccessQuestion[],
-): Promise<number> {
-  if (!assertions) throw new Error('nobody verifies assertions')
-  const named = questions.map(({ user }) => user)
-  const { user, expiresAtMs } = await assertions.identify(userAssertion, named)
-  for (const question of questions) question.user = user
-  return expiresAtMs
-}
-
 /** A lease lasts as long as the best assertion that was shown for it. @throws as `nameUsers` */
 async function renewAssertion(
   { assertions, clock }: AuthorizeDeps,
@@ -455,66 +390,6 @@ async function renewAssertion(
     lease.assertedUntilMs = Math.max(lease.assertedUntilMs, expiresAtMs)
   }
   if (lease.assertedUntilMs <= clock()) throw new UserAssertionRefused(assertionExpired(lease.assertedUntilMs))
-}
-
-function refusalOf(error: unknown): UserAssertionRefused {
-  if (error instanceof UserAssertionRefused) return error
-  throw error
-}
-
-/** The event of a message that was denied before policy was asked. */
-function refusalEntry(call: Call, asked: AccessQuestion[], { code, reason }: Fault): JournalEntry {
-  const questions = asked.map(({ user, service, action }) => ({ user, service, action }))
-  return callEntry({ ...call, audit: { ...call.audit, detail: { questions } } }, { code, reason })
-}
-
-/** Who a question is about is who asks; only operators and services ask about others. */
-function deviceAsked(request: CheckRequest, { caller }: Call): string {
-  if (caller.kind !== 'device') {
-    if (request.deviceId) {
-      checkName(request.deviceId, () => 'device_id')
-      return request.deviceId
-    }
-    throw invalidField('device_id', `is missing: a ${caller.kind} has to say which device it asks about`)
-  }
-  if (request.deviceId && request.deviceId !== caller.id) {
-    const message = `device_id: a device asks about itself only, and this certificate is ${caller.spiffeId}`
-    throw new Fault('PERMISSION_DENIED', 'OTHER_DEVICE', message)
-  }
-  return caller.id
-}
-
-/**
- * @param place the field that holds it, or its place in the message; a path is made only of what is wrong
- * @param asserted the user may be named by an assertion alone
- */
-export function checkQuestion(
-  question: Question,
-  deviceId: string,
-  place: string | number,
-  asserted = false,
-): AccessQuestion {
-  const { id, user, service, action } = question
-  if (id.length > questionIdCharactersMax) {
-    throw invalidField(pathOf(place, 'id'), `has to be of at most ${questionIdCharactersMax} characters`)
-  }
-  if (action.length > actionCharactersMax || action.includes('\0')) {
-    throw invalidField(pathOf(place, 'action'), `has to be of at most ${actionCharactersMax} characters, without NUL`)
-  }
-  if (!(asserted && user === '')) checkName(user, () => pathOf(place, 'user'))
-  checkName(service, () => pathOf(place, 'service'))
-  return { deviceId, user, service, action: action || 'connect' }
-}
-
-function pathOf(place: string | number, field: keyof Question): string {
-  return `${typeof place === 'number' ? `questions.questions[${place}]` : place}.${field}`
-}
-
-function checkName(name: string, path: () => string): void {
-  if (name.length === 0) throw invalidField(path(), 'is missing')
-  if (name.length > nameCharactersMax || name.includes('\0')) {
-    throw invalidField(path(), `has to be of at most ${nameCharactersMax} characters, without NUL`)
-  }
 }
 
 function bounded(field: string, length: number): void {

@@ -25,11 +25,12 @@ import type {
 import type { CheckRequest, CheckResponse } from '../gen/envoy/service/auth/v3/external_auth.ts'
 import { formatSpiffeId, isSafeId, parseSpiffeId } from '../identity/spiffe-id.ts'
 import type { Standing } from '../identity/standing.ts'
-import { type AuthorizeDeps, checkQuestion } from './authorize.ts'
+import type { AuthorizeDeps } from './authorize.ts'
 import { newDecisionId } from './connection-id.ts'
 import { decisionEntry } from './decision-records.ts'
 import { parseForwardedCertificates } from './forwarded-certificate.ts'
 import type { PolicyReason } from './policy-engine.ts'
+import { checkQuestion } from './question.ts'
 import { UserAssertionRefused } from './user-assertion.ts'
 
 export type EnvoyDeps = Pick<
