@@ -9,6 +9,9 @@ type Inside = { buffer: Uint8Array; pos: number; stackPos: number[]; ensureCapac
 
 /** The length of a text that is not longer takes one byte. */
 const shortCharactersMax = 127
+/** Up to here a loop is faster than a call out of JavaScript. */
+const loopCharactersMax = 20
+const characterBytesMax = 3
 const varintBytesMax = 10
 
 /** Writes the same bytes as its parent, faster where messages are full of ids. */
@@ -18,16 +21,21 @@ class PooledWriter extends BinaryWriter {
     const { length } = value
     if (length > shortCharactersMax) return super.string(value)
     const inside = this as unknown as Inside
-    inside.ensureCapacity(length + 1)
-    const { buffer } = inside
-    let { pos } = inside
-    buffer[pos++] = length
-    for (let at = 0; at < length; at++) {
-      const code = value.charCodeAt(at)
-      if (code > 0x7f) return super.string(value)
-      buffer[pos++] = code
+    inside.ensureCapacity(length * characterBytesMax + 1)
+    const { pos } = inside
+    if (length > loopCharactersMax) {
+      // What is not ASCII takes more bytes than it has characters.
+      if (bufferOf(inside).write(value, pos + 1) !== length) return super.string(value)
+    } else {
+      const { buffer } = inside
+      for (let at = 0; at < length; at++) {
+        const code = value.charCodeAt(at)
+        if (code > 0x7f) return super.string(value)
+        buffer[pos + 1 + at] = code
+      }
     }
-    inside.pos = pos
+    inside.buffer[pos] = length
+    inside.pos = pos + 1 + length
     return this
   }
 
@@ -46,11 +54,17 @@ class PooledWriter extends BinaryWriter {
   override finish(): Buffer<ArrayBuffer> {
     const inside = this as unknown as Inside
     const bytes = Buffer.allocUnsafe(inside.pos)
-    bytes.set(inside.buffer.subarray(0, inside.pos))
+    bufferOf(inside).copy(bytes, 0, 0, inside.pos)
     inside.pos = 0
     inside.stackPos.length = 0
     return bytes as Buffer<ArrayBuffer>
   }
+}
+
+/** The writer's own bytes. Once it has grown they are an array of the plain kind. */
+function bufferOf(inside: Inside): Buffer {
+  if (!Buffer.isBuffer(inside.buffer)) inside.buffer = Buffer.from(inside.buffer.buffer)
+  return inside.buffer as Buffer
 }
 
 let writer = new PooledWriter()
