@@ -8,6 +8,8 @@ import type { Identity } from './enrolled-device.ts'
 
 export type BareEcho = {
   address: string
+  /** Whether messages on streams are on disk before they are answered. */
+  commits: boolean
   /** Of a client; and the server's own. */
   client: Identity & { serverCertificatePem: string; serverKeyPem: string }
   /** What every question is answered with from now on. */
@@ -18,8 +20,10 @@ export type BareEcho = {
   stop(): Promise<void>
 }
 
-export async function startBareEcho(): Promise<BareEcho> {
+/** @param commitTo the URL of a database of EdgeMesh's, where messages on streams are on disk before they are answered */
+export async function startBareEcho(commitTo = ''): Promise<BareEcho> {
   const child = fork(join(import.meta.dirname, 'bare-echo.ts'), {
+    env: { ...process.env, BENCH_COMMIT_TO: commitTo },
     execArgv: ['--expose-gc'],
     serialization: 'advanced',
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
@@ -41,6 +45,7 @@ export async function startBareEcho(): Promise<BareEcho> {
   return {
     address: `127.0.0.1:${port}`,
     client,
+    commits: commitTo !== '',
     answer: async answer => void (await ask({ ask: 'answer', answer })),
     async cpuSince(before = { user: 0, system: 0 }) {
       const { cpu } = await ask({ ask: 'cpu' })

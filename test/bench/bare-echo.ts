@@ -1,6 +1,7 @@
 /**
  * The floor of what a message costs: a bare grpc-js server with mutual TLS that takes the same questions and sends answers
- * of the same size, and does nothing else. In a process of its own; started and asked by `bare-echo-server.ts`.
+ * of the same size, and does nothing else; or, with BENCH_COMMIT_TO, has a row on disk there before it answers a message on a
+ * stream. In a process of its own; started and asked by `bare-echo-server.ts`.
  */
 import { generateKeyPairSync } from 'node:crypto'
 import { Server, ServerCredentials } from '@grpc/grpc-js'
@@ -21,6 +22,7 @@ import { createAuthority, openAuthority } from '../../src/identity/certificate-a
 import { newSerial } from '../../src/identity/certificates.ts'
 import { checkCsr } from '../../src/identity/csr.ts'
 import { encodePem } from '../../src/identity/pem.ts'
+import { startBareCommit } from './bare-commit.ts'
 
 export type EchoStarted = { port: number } & Awaited<ReturnType<typeof createIdentity>>
 
@@ -30,6 +32,9 @@ const noResume = { resumeWithin: undefined }
 
 /** What is sent back for every question, but for its id. Set by the parent: an answer that the real server has given. */
 let answer: Answer | undefined
+
+const { BENCH_COMMIT_TO: commitTo } = process.env
+const commit = commitTo ? await startBareCommit(commitTo) : undefined
 
 const server = new Server()
 server.addService(AuthorizeServiceService, {
@@ -44,7 +49,10 @@ server.addService(AuthorizeServiceService, {
     stream.on('data', ({ kind }) => {
       if (kind?.$case === 'questions') {
         const answers = kind.value.questions.map(({ id }) => answerTo(id))
-        stream.write({ kind: { $case: 'answers', value: { answers } }, ...noResume, serverTime: new Date() })
+        const send = () =>
+          stream.write({ kind: { $case: 'answers', value: { answers } }, ...noResume, serverTime: new Date() })
+        if (commit) commit(send)
+        else send()
       } else if (kind?.$case === 'close') {
         stream.write({ kind: { $case: 'closed', value: kind.value }, ...noResume, serverTime: new Date() })
       }

@@ -25,9 +25,11 @@ type Load = (clients: AuthorizeServiceClient[], count: number) => Promise<void>
 /** What is decided by this server, about this device, and what is sent back by that one. */
 export type Sides = { served: Served; device: EnrolledDevice; echo: BareEcho }
 
-export async function* decisionRates(sides: Sides, options: GroupOptions): AsyncGenerator<Row> {
+/** @param committing a bare server, too, but one that has a row on disk before it answers a message on a stream */
+export async function* decisionRates(sides: Sides, committing: BareEcho, options: GroupOptions): AsyncGenerator<Row> {
   yield* beside('check.unary', unaryLoad, 4_096, sides, options, ofFloor(0.7))
   yield* beside('check.stream', streamLoad(1), 8_192, sides, options, ofFloor(0.7))
+  yield* beside('check.stream-committed', streamLoad(1), 8_192, { ...sides, echo: committing }, options, ofFloor(0.65))
   yield* beside('check.batch32', streamLoad(servicesCount), 65_536, sides, options, atLeast(150_000))
 }
 
@@ -71,7 +73,7 @@ async function* beside(
     floor: floor.perCpuSecond,
     note:
       `${showRate(value)} for a second of the server's processor time, ${Math.round(value.perWallSecond)}/s by the clock; ` +
-      `floor: a bare server that sends the same messages, ${showRate(floor)}`,
+      `floor: a bare server that sends ${echo.commits ? 'them once a row of each is on disk' : 'the same messages'}, ${showRate(floor)}`,
     bar: bar(measured),
   }
   if (profile) {

@@ -27,11 +27,15 @@ export const group: Group = {
       const { answer } = await answered<CheckResponse>(done => client.check(asked, done))
       if (!answer?.allowed) throw new Error(`the device was to be allowed: ${JSON.stringify(answer)}`)
       // As long as the answers on a stream, which name a connection.
-      await echo.answer({ ...answer, connectionId: crypto.randomUUID() })
+      const onStream = { ...answer, connectionId: crypto.randomUUID() }
+      await echo.answer(onStream)
       const sides = { served, device, echo }
       // While the database is quiet: after the rates it is busy with what they have written.
       yield await answerTimes(sides, options)
-      yield* decisionRates(sides, options)
+      const committing = await startBareEcho(served.databaseUrl)
+      ends.push(committing.stop)
+      await committing.answer(onStream)
+      yield* decisionRates(sides, committing, options)
     } finally {
       for (const end of ends.reverse()) await end()
     }
