@@ -95,3 +95,17 @@ test('an id is read as it was made', t => {
     }),
   )
 })
+
+test('the id of a decision is a UUIDv7 of its time that ends in 00, and none comes twice', t => {
+  const times = [0, 1, 1_764_000_000_000, Date.now(), 2 ** 48 - 1]
+  const ids = times.flatMap(time => Array.from({ length: 1_000 }, () => [time, newDecisionId(time)] as const))
+  for (const [time, id] of ids) {
+    t.regex(id, /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{10}00$/)
+    t.is(Number.parseInt(id.slice(0, 8) + id.slice(9, 13), 16), time)
+  }
+  t.is(new Set(ids.map(([, id]) => id.slice(14))).size, ids.length)
+  // Each digit that is random has been each of the sixteen, and the one of the variant each of its four.
+  const places = [15, 16, 17, 20, 21, 22, ...Array.from({ length: 10 }, (_, at) => 24 + at)]
+  for (const place of places) t.is(new Set(ids.map(([, id]) => id[place])).size, 16, `${place}`)
+  t.is(new Set(ids.map(([, id]) => id[19])).size, 4)
+})
